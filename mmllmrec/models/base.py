@@ -1,0 +1,167 @@
+"""The contract every recommender keeps.
+
+Legend: B batch, U users, I items, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.data.sampling import Batch
+from mmllmrec.runcard import write_atomically
+
+
+class Recommender(nn.Module):
+    """A model of who likes what, built from training events (and, where ``modalities`` says so, from a catalogue).
+
+    A subclass with parameters to train defines ``forward() -> (users (U, D), items (I, D))`` and ``loss(batch)``; one in
+    closed form defines ``score(users)`` and has ``trainable = False``. Keyword arguments of the constructor are
+    kept in ``self.config`` (plain values) by passing them to ``super().__init__(train, **config)``.
+    Models take tensors and modules: they open no files and move no devices.
+    """
+
+    trainable: ClassVar[bool] = True
+    supports_cold_items: ClassVar[bool] = False
+    supports_cold_users: ClassVar[bool] = False
+    modalities: tuple[str, ...] = ()
+    negatives: ClassVar[int] = 1  # sampled negatives a positive; 0 for in-batch losses and closed forms
+    loss_name: ClassVar[str] = "bpr"  # the loss column of a table
+
+    def __init__(self, train: Interactions, **config: Any):
+        super().__init__()
+        self.train_data = train
+        self.config = config
+        self.n_users, self.n_items = train.n_users, train.n_items
+
+    @property
+    def name(self) -> str:
+        """The name in tables."""
+        return type(self).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU for a model without any."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; ``fit`` minimises their sum. Every term has a gradient."""
+        raise TypeError(f"{self.name} is computed in closed form: it has no loss to train")
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """What the optimiser gets: one group of everything trainable, unless a model knows better."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "name": "all"}]
+
+    # -- scoring ----------------------------------------------------------------------------------------------------
+
+    def embed(self) -> tuple[Tensor, Tensor]:
+        """Users (U, D) and items (I, D) whose inner product is the score: fresh, in eval mode, no gradient; the mode the
+        model was in is restored. The items of a catalogue passed to ``with_catalog`` are embedded with its content."""
+        with self.evaluating():
+            users, items = self()
+        return users.detach(), items.detach()
+
+    def score(self, users: np.ndarray | Tensor) -> Tensor:
+        """Scores of all items for some users, (B,) -> (B, I)."""
+        all_users, items = self.embed()
+        return all_users[torch.as_tensor(users, device=all_users.device)] @ items.T
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients inside, the former mode after."""
+        was = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was)
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved: the persistent state, on the CPU, contiguous."""
+        return {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write weights (safetensors), configuration, id maps and training events (JSON, safetensors) to ``folder``.
+
+        The whole folder appears at once: it is written beside and renamed. Load it with ``from_pretrained``.
+        """
+        return write_atomically(folder, self._write)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        about = {"format": 1, "class": type(self).__name__, "config": self.config, "modalities": list(self.modalities)}
+        (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        ids = {"users": self.train_data.user_ids.ids, "items": self.train_data.item_ids.ids}
+        (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        events = {"users": torch.tensor(self.train_data.users), "items": torch.tensor(self.train_data.items)}
+        save_file(events, folder / "events.safetensors")
+        save_file(self.weights(), folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, catalog: Catalog | None = None) -> Recommender:
+        """Load what ``save_pretrained`` wrote; ``catalog`` is needed by models that read content.
+
+        Called on ``Recommender`` itself, any saved class is loaded. Raises ``DataError`` naming the file that is missing
+        or does not fit.
+        """
+        folder = Path(folder)
+        about = read_json(folder / "config.json")
+        ids, events = read_json(folder / "ids.json"), load_file(folder / "events.safetensors")
+        train = Interactions(
+            events["users"].numpy(),
+            events["items"].numpy(),
+            None,
+            IdMap(ids["users"], what="user id"),
+            IdMap(ids["items"], what="item id"),
+        )
+        from mmllmrec import models
+
+        known = models.classes()
+        if about.get("class") not in known:
+            raise DataError(f"{folder / 'config.json'}: class {about.get('class')!r} is not one of {sorted(known)}")
+        kind = known[about["class"]]
+        if not issubclass(kind, cls):
+            raise DataError(
+                f"{folder} holds a {kind.__name__}, not a {cls.__name__}: use {kind.__name__}.from_pretrained"
+            )
+        if about.get("modalities") and catalog is None:
+            raise DataError(f"{folder}: a {kind.__name__} reads items' content; pass catalog=")
+        if catalog is not None and catalog.item_ids != train.item_ids:
+            raise DataError(f"{folder}: the catalogue's item ids are not those the model was trained on")
+        return kind._restore(folder, train, catalog, about)
+
+    @classmethod
+    def _restore(cls, folder: Path, train: Interactions, catalog: Catalog | None, about: dict[str, Any]) -> Recommender:
+        extra = {"catalog": catalog} if about.get("modalities") else {}
+        model = cls(train, **extra, **about["config"])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ``DataError`` naming the file otherwise."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing: this is not a folder that save_pretrained wrote")
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    return value
