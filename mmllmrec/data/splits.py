@@ -162,7 +162,7 @@ def temporal(data: RecDataset, *, valid: float = 0.1, test: float = 0.1) -> Spli
     """Global cut-off in time: the last ``test`` share of events is test, the ``valid`` share before it validation, as
     a deployed system would meet them; events of one second stay in one part. Needs timestamps. Deterministic."""
     times = _need_times(data, "temporal")
-    if not (0 <= valid and 0 < test and valid + test < 1):
+    if not (valid >= 0 and test > 0 and valid + test < 1):
         raise DataError(f"valid={valid}, test={test}: shares of the events, together below 1")
     # the cut falls between two distinct times, so that no second is divided
     ordered = np.sort(times)
