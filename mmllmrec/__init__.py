@@ -6,16 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmllmrec import fusion, losses, models
+    from mmllmrec import losses, models
     from mmllmrec.data import sampling, splits
     from mmllmrec.data.catalog import Catalog
     from mmllmrec.data.dataset import RecDataset, load_dataset
     from mmllmrec.data.interactions import DataError, Interactions
-    from mmllmrec.evaluation.report import Report, evaluate
     from mmllmrec.runcard import RunCard
     from mmllmrec.seed import seed_everything
-    from mmllmrec.serving.recommend import recommend
-    from mmllmrec.training.fit import Run, fit
 
 __version__ = "0.1.0"
 
@@ -27,18 +24,12 @@ _WHERE = {
     "Catalog": "data.catalog",
     "RecDataset": "data.dataset",
     "load_dataset": "data.dataset",
-    "evaluate": "evaluation.report",
-    "Report": "evaluation.report",
-    "fit": "training.fit",
-    "Run": "training.fit",
-    "recommend": "serving.recommend",
 }
 _MODULES = {
     "splits": "data.splits",
     "sampling": "data.sampling",
     "models": "models",
     "losses": "losses",
-    "fusion": "fusion",
 }
 
 __all__ = [
@@ -46,16 +37,10 @@ __all__ = [
     "DataError",
     "Interactions",
     "RecDataset",
-    "Report",
-    "Run",
     "RunCard",
-    "evaluate",
-    "fit",
-    "fusion",
     "load_dataset",
     "losses",
     "models",
-    "recommend",
     "sampling",
     "seed_everything",
     "splits",

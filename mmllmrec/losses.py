@@ -71,8 +71,8 @@ def sampled_softmax(
     users (B, D), items (C, D), target (B,) int64 in 0..C-1 -> (). ``log_q`` (C,) is the log of the chance that a
     candidate is in a batch (``sampling.log_inclusion``); None: no correction. ``mask`` (B, C) bool names the row's
     other positives and near-duplicates, which leave the sum (their logit is -inf: weight and gradient exactly 0); the
-    target is never masked. ``temperature`` has the units of a score. Departure: the paper normalises both towers, here the
-    caller does or does not. Uniform scores give log C. Softmax in float32.
+    target is never masked. ``temperature`` has the units of a score. Departure: the paper normalises both towers,
+    here the caller does or does not. Uniform scores give log C. Softmax in float32.
     """
     if target.shape != users.shape[:1] or users.shape[-1] != items.shape[-1]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What travels with the code: item prompts and the pretrained ``nano`` towers, found in a clone or in an installed wheel."""
+"""What travels with the code: item prompts and the ``nano`` towers, in a clone or in an installed wheel."""
 
 from __future__ import annotations
 

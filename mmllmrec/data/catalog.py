@@ -231,7 +231,7 @@ class Catalog:
 
 
 def open_picture(source: bytes | str | Path, *, what: str) -> Image.Image:
-    """Decode one picture to RGB. Raises ``DataError`` naming ``what`` when it is empty, broken or over 50 megapixels."""
+    """Decode one picture to RGB. Raises ``DataError`` naming ``what`` when it is empty, broken or over 50 Mpx."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not data:
         raise DataError(f"{what}: the file is empty; replace it, or remove it so that the picture counts as absent")
@@ -241,7 +241,8 @@ def open_picture(source: bytes | str | Path, *, what: str) -> Image.Image:
             with Image.open(io.BytesIO(data)) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise DataError(
-                        f"{what}: {picture.width} x {picture.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it first"
+                        f"{what}: {picture.width} x {picture.height} pixels is over "
+                        f"the limit of {MAX_PIXELS:,}; shrink it first"
                     )
                 return picture.convert("RGB")
     except DataError:

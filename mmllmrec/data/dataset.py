@@ -37,26 +37,20 @@ class RecDataset:
 def load_dataset(name: str, path: str | os.PathLike[str] | None = None, **options: Any) -> RecDataset:
     """Load a dataset by name.
 
-    ``"atelier"`` and ``"atelier-b"`` are built in (options: ``seed``, ``scale``, ...). ``"movielens-small"`` and
-    ``"lastfm-2k"`` are read from ``path``, else from their folder under the one the environment variable
-    ``MMLLMREC_DATA`` names. ``"folder"`` reads a folder of your own at ``path``. Raises ``DataError`` when the data is
-    not there, with the one sentence on how to get it.
+    ``"movielens-small"`` and ``"lastfm-2k"`` are read from ``path``, else from their folder under the one the
+    environment variable ``MMLLMREC_DATA`` names. Raises ``DataError`` when the data is not there, with the one sentence
+    on how to get it.
     """
-    if name in ("atelier", "atelier-b"):
-        from mmllmrec.data.atelier import atelier
-
-        return atelier(world=name, **options)
     from mmllmrec.data import sources
 
     if name not in sources.READERS:
-        known = ["atelier", "atelier-b", *sources.READERS]
-        raise DataError(f"unknown dataset {name!r}; known are {known}. Your own files: load_dataset('folder', path)")
+        raise DataError(f"unknown dataset {name!r}; known are {list(sources.READERS)}")
     reader = sources.READERS[name]
     return reader.read(find(name, path, folder=reader.FOLDER, get=reader.GET), **options)
 
 
 def find(name: str, path: str | os.PathLike[str] | None, *, folder: str, get: str) -> Path:
-    """The folder of a dataset: ``path``, or ``folder`` below ``MMLLMREC_DATA``; ``DataError`` with ``get`` if neither."""
+    """A dataset's folder: ``path``, or ``folder`` below ``MMLLMREC_DATA``; ``DataError`` with ``get`` if neither."""
     root = os.environ.get("MMLLMREC_DATA")
     place = Path(path) if path is not None else Path(root) / folder if root and folder else None
     if place is None or not place.is_dir():

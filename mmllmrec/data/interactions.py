@@ -70,7 +70,8 @@ class IdMap:
         except KeyError:
             row, name = next((r, e) for r, e in enumerate(external) if str(e) not in self._index)
             raise DataError(
-                f"row {row}: unknown {self.what} {str(name)!r} (not among the {len(self)} known); add it or drop its rows"
+                f"row {row}: unknown {self.what} {str(name)!r} (not among the {len(self)} known); "
+                "add it or drop its rows"
             ) from None
 
 

@@ -86,7 +86,8 @@ class Split:
     def __repr__(self) -> str:
         d = self.describe()
         return (
-            f"Split({self.name} of {d['data']}: {d['train']:,} train, {d['valid']:,} valid, {d['test']:,} test (sealed); "
+            f"Split({self.name} of {d['data']}: {d['train']:,} train, {d['valid']:,} valid, "
+            f"{d['test']:,} test (sealed); "
             f"{d['cold_items']:,} cold items, {d['cold_users']:,} cold users)"
         )
 

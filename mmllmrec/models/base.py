@@ -5,6 +5,7 @@ Legend: B batch, U users, I items, D width.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from abc import abstractmethod
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,8 +29,8 @@ from mmllmrec.runcard import write_atomically
 class Recommender(nn.Module):
     """A model of who likes what, built from training events (and, where ``modalities`` says so, from a catalogue).
 
-    A subclass with parameters to train defines ``forward() -> (users (U, D), items (I, D))`` and ``loss(batch)``; one in
-    closed form defines ``score(users)`` and has ``trainable = False``. Keyword arguments of the constructor are
+    A subclass with parameters to train defines ``forward() -> (users (U, D), items (I, D))`` and ``loss(batch)``; one
+    in closed form defines ``score(users)`` and has ``trainable = False``. Keyword arguments of the constructor are
     kept in ``self.config`` (plain values) by passing them to ``super().__init__(train, **config)``.
     Models take tensors and modules: they open no files and move no devices.
     """
@@ -70,8 +72,8 @@ class Recommender(nn.Module):
     # -- scoring ----------------------------------------------------------------------------------------------------
 
     def embed(self) -> tuple[Tensor, Tensor]:
-        """Users (U, D) and items (I, D) whose inner product is the score: fresh, in eval mode, no gradient; the mode the
-        model was in is restored. The items of a catalogue passed to ``with_catalog`` are embedded with its content."""
+        """Users (U, D) and items (I, D) whose inner product is the score: fresh, in eval mode, no gradient; the mode
+        the model was in is restored. The items of a catalogue passed to ``with_catalog`` are embedded with it."""
         with self.evaluating():
             users, items = self()
         return users.detach(), items.detach()
@@ -119,25 +121,23 @@ class Recommender(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str], *, catalog: Catalog | None = None) -> Recommender:
         """Load what ``save_pretrained`` wrote; ``catalog`` is needed by models that read content.
 
-        Called on ``Recommender`` itself, any saved class is loaded. Raises ``DataError`` naming the file that is missing
-        or does not fit.
+        Called on ``Recommender`` itself, any saved class is loaded. Raises ``DataError`` naming the file that is
+        missing or does not fit.
         """
         folder = Path(folder)
         about = read_json(folder / "config.json")
-        ids, events = read_json(folder / "ids.json"), load_file(folder / "events.safetensors")
-        train = Interactions(
-            events["users"].numpy(),
-            events["items"].numpy(),
-            None,
-            IdMap(ids["users"], what="user id"),
-            IdMap(ids["items"], what="item id"),
-        )
+        ids, events = read_json(folder / "ids.json"), read_tensors(folder / "events.safetensors")
+        try:
+            user_ids, item_ids = IdMap(ids["users"], what="user id"), IdMap(ids["items"], what="item id")
+            train = Interactions(events["users"].numpy(), events["items"].numpy(), None, user_ids, item_ids)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder}: ids.json and events.safetensors do not fit each other: {error}") from None
         from mmllmrec import models
 
-        known = models.classes()
+        known = sorted(set(models.WHERE) - {"Recommender"})
         if about.get("class") not in known:
-            raise DataError(f"{folder / 'config.json'}: class {about.get('class')!r} is not one of {sorted(known)}")
-        kind = known[about["class"]]
+            raise DataError(f"{folder / 'config.json'}: class {about.get('class')!r} is not one of {known}")
+        kind: type[Recommender] = getattr(models, about["class"])
         if not issubclass(kind, cls):
             raise DataError(
                 f"{folder} holds a {kind.__name__}, not a {cls.__name__}: use {kind.__name__}.from_pretrained"
@@ -146,14 +146,56 @@ class Recommender(nn.Module):
             raise DataError(f"{folder}: a {kind.__name__} reads items' content; pass catalog=")
         if catalog is not None and catalog.item_ids != train.item_ids:
             raise DataError(f"{folder}: the catalogue's item ids are not those the model was trained on")
-        return kind._restore(folder, train, catalog, about)
+        try:
+            return kind._restore(folder, train, catalog, about)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise DataError(f"{folder}: config.json and model.safetensors do not fit each other: {error}") from error
 
     @classmethod
     def _restore(cls, folder: Path, train: Interactions, catalog: Catalog | None, about: dict[str, Any]) -> Recommender:
         extra = {"catalog": catalog} if about.get("modalities") else {}
         model = cls(train, **extra, **about["config"])
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(read_tensors(folder / "model.safetensors"))
         return model
+
+
+class ClosedForm(Recommender):
+    """A recommender computed from the training events at once: ``score(users)``, nothing to train, nothing to embed.
+
+    ``history`` (U, I) is what its users are known to have taken; a subclass scores from it. What was computed is not
+    saved: it is computed again from the saved events.
+    """
+
+    trainable: ClassVar[bool] = False
+    negatives: ClassVar[int] = 0
+    loss_name: ClassVar[str] = "-"
+
+    def __init__(self, train: Interactions, **config: Any):
+        super().__init__(train, **config)
+        self.history = train.csr
+
+    @property
+    def embed(self) -> Any:
+        """Absent (``hasattr`` says so): these scores are not an inner product of embeddings."""
+        raise AttributeError(f"{self.name} has no embeddings; use score(users)")
+
+    def with_history(self, history: Interactions) -> ClosedForm:
+        """The same fitted model seeing other events of its users (k-shot protocols); nothing is computed again."""
+        if (history.user_ids, history.item_ids) != (self.train_data.user_ids, self.train_data.item_ids):
+            raise DataError(f"{self.name}.with_history: the history's ids are not those of the training events")
+        other = copy.copy(self)
+        other.history = history.csr
+        return other
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors from a safetensors file; ``DataError`` naming the file otherwise."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing: this is not a folder that save_pretrained wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a safetensors file: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -164,4 +206,6 @@ def read_json(path: Path) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object: this is not a file that save_pretrained wrote")
     return value
