@@ -5,44 +5,209 @@ Legend: I items, M modalities, D_m width of modality m, F width of all together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy.linalg
 
+from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError
 
 
 @dataclass(frozen=True)
 class Affine:
-    """x -> (x - shift) @ matrix; shift (D,), matrix (D, d), float32."""
+    """x -> x @ matrix + offset, float32; matrix (D, d), or (D,) for a scale of each column. offset (d,)."""
 
-    shift: np.ndarray
     matrix: np.ndarray
+    offset: np.ndarray
 
     def __call__(self, table: np.ndarray) -> np.ndarray:
-        result: np.ndarray = (table - self.shift) @ self.matrix
+        if table.shape[1] != len(self.matrix):
+            raise DataError(f"features have {table.shape[1]} columns; this map was fitted on {len(self.matrix)}")
+        turned = table @ self.matrix if self.matrix.ndim == 2 else table * self.matrix
+        result: np.ndarray = (turned + self.offset).astype(np.float32)
         return result
 
     def then(self, other: Affine) -> Affine:
-        """This map and after it another one, as one."""
-        # (x - s) M - t = (x - s - t M^+) M has no solution in general, so the later shift is carried back only where
-        # it is zero; fits on already centred tables give a shift of rounding size, kept exact by an extra column
-        raise_if = np.abs(other.shift).max(initial=0.0)
-        if raise_if > 1e-3:
-            raise DataError("the second map shifts a centred table: fit both on the same items")
-        return Affine(self.shift, self.matrix @ other.matrix)
+        """This map, and after it another one, as one."""
+        if self.matrix.ndim == 2 and other.matrix.ndim == 2:
+            matrix = self.matrix @ other.matrix
+        elif self.matrix.ndim == 2:
+            matrix = self.matrix * other.matrix
+        else:
+            matrix = (self.matrix[:, None] if other.matrix.ndim == 2 else self.matrix) * other.matrix
+        return Affine(matrix, other(self.offset[None])[0])
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Frozen features: ``tables`` {modality: (I, D_m) float32} and ``presence`` (I, M) bool, columns in their order.
+    """Frozen item features: ``tables`` {modality: (I, D_m)} float32 and ``presence`` (I, M) bool, columns in order.
 
     An absent row is zero whatever was given, and no fit looks at it. ``maps`` are the affine maps that led here from
     the extractor's output, so that another catalogue's features can follow (``like``). Raises ``DataError`` on shapes
-    that do not fit and on values of present rows that are not finite.
+    that do not fit and on a present row that is not finite.
+
+    >>> table = FeatureTable({"image": np.array([[1.0, 2.0], [3.0, 2.0], [9.0, 9.0]])}, np.array([[1], [1], [0]], bool))
+    >>> table.standardise(fit_on=np.ones(3, bool)).tables["image"].tolist()
+    [[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
 
     tables: Mapping[str, np.ndarray]
     presence: np.ndarray
-    maps: Mapping[str, tuple[Affine, ...]] = field(default_factory=dict)
+    maps: Mapping[str, Affine] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        presence = np.array(self.presence, dtype=bool)
+        if presence.ndim != 2 or presence.shape[1] != len(self.tables):
+            raise DataError(f"presence has shape {presence.shape}; expected (items, {len(self.tables)} modalities)")
+        clean = {}
+        for column, (m, table) in enumerate(self.tables.items()):
+            here = presence[:, column]
+            table = np.asarray(table)
+            if table.ndim != 2 or len(table) != len(presence):
+                raise DataError(
+                    f"features {m!r} have shape {table.shape}; expected ({len(presence)}, D), a row an item"
+                )
+            table = np.where(here[:, None], table, 0).astype(np.float32)
+            bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
+            if bad.size:
+                raise DataError(f"features {m!r}, row {bad[0]}: NaN or infinite; mend it or mark the row absent")
+            table.setflags(write=False)
+            clean[m] = table
+        presence.setflags(write=False)
+        object.__setattr__(self, "tables", clean)
+        object.__setattr__(self, "presence", presence)
+
+    @classmethod
+    def from_catalog(cls, catalog: Catalog, *, fit_on: np.ndarray | None = None) -> FeatureTable:
+        """The features a catalogue brings, or, where it has raw content, those of ``data.descriptors.describe``.
+
+        ``fit_on`` (I,) bool are the items that a descriptor may fit on (train items); all without. Raises ``DataError``
+        for a catalogue without any modality.
+        """
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if any(m in catalog.dataset.column_names for m in catalog.modalities):
+            from mmllmrec.data.descriptors import describe
+
+            found = dict(describe(catalog, fit_on=fit_on))
+        for m in catalog.modalities:
+            if m not in catalog.dataset.column_names:
+                found[m] = (catalog.signal(m), catalog.present(m))
+        if not found:
+            raise DataError(f"{catalog.name}: it has no modality, so there are no features to read")
+        order = [m for m in catalog.modalities if m in found]
+        return cls({m: found[m][0] for m in order}, np.stack([found[m][1] for m in order], axis=1))
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.presence)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities, in the order of the columns of ``presence``."""
+        return tuple(self.tables)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """D_m of each modality."""
+        return {m: t.shape[1] for m, t in self.tables.items()}
+
+    def concatenated(self) -> np.ndarray:
+        """All modalities side by side, (I, F) float32; absent ones are zero."""
+        return np.concatenate(list(self.tables.values()), axis=1)
+
+    # -- maps fitted on train items ---------------------------------------------------------------------------------
+
+    def standardise(self, fit_on: np.ndarray) -> FeatureTable:
+        """Each column less its mean over its standard deviation, taken over the present items of ``fit_on`` (I,) bool.
+        A constant column becomes zero."""
+
+        def fit(rows: np.ndarray) -> Affine:
+            deviation = rows.std(axis=0)
+            varies = deviation > 1e-6 * np.maximum(np.abs(rows).max(axis=0), 1e-30)
+            scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
+            return Affine(scale, -rows.mean(axis=0) * scale)
+
+        return self._fitted(fit, fit_on)
+
+    def whiten(self, fit_on: np.ndarray, dim: int) -> FeatureTable:
+        """PCA whitening to at most ``dim`` columns a modality: uncorrelated, of unit variance on the present items of
+        ``fit_on`` (I,) bool.
+
+        x -> (x - mean) V_d diag(lambda)^-1/2 with the d largest eigenpairs of the covariance (divisor n); directions
+        with less than 1e-6 of the largest variance are left out, so the result may be narrower.
+        """
+        if dim < 1:
+            raise DataError(f"dim={dim}: keep at least one column")
+
+        def fit(rows: np.ndarray) -> Affine:
+            mean = rows.mean(axis=0)
+            variance, axes = _principal(rows - mean, dim)
+            matrix = axes / np.sqrt(np.maximum(variance, 1e-12))
+            return Affine(matrix, -mean @ matrix)
+
+        return self._fitted(fit, fit_on)
+
+    def like(self, fitted: FeatureTable) -> FeatureTable:
+        """These raw features through the maps that made ``fitted``: nothing is fitted again. Raises ``DataError`` when
+        a modality is missing or its width is another."""
+        missing = [m for m in fitted.modalities if m not in self.tables]
+        if missing:
+            raise DataError(f"features of {missing} are missing; these are {list(self.modalities)}")
+        tables, columns = {}, []
+        for m in fitted.modalities:
+            table = fitted.maps[m](self.tables[m]) if m in fitted.maps else self.tables[m]
+            if table.shape[1] != fitted.widths[m]:
+                raise DataError(f"features {m!r} have {table.shape[1]} columns, expected {fitted.widths[m]}")
+            tables[m] = table
+            columns.append(self.presence[:, self.modalities.index(m)])
+        return FeatureTable(tables, np.stack(columns, axis=1), fitted.maps)
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as named arrays, for a safetensors file; ``from_arrays`` reads them."""
+        found = {"presence": self.presence, **{f"table.{m}": t for m, t in self.tables.items()}}
+        for m, step in self.maps.items():
+            found |= {f"matrix.{m}": step.matrix, f"offset.{m}": step.offset}
+        return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, modalities: Sequence[str]) -> FeatureTable:
+        """The table that ``arrays`` gave, its modalities in the order named."""
+        maps = {m: Affine(arrays[f"matrix.{m}"], arrays[f"offset.{m}"]) for m in modalities if f"matrix.{m}" in arrays}
+        return cls({m: arrays[f"table.{m}"] for m in modalities}, arrays["presence"], maps)
+
+    def _fitted(self, fit: Callable[[np.ndarray], Affine], fit_on: np.ndarray) -> FeatureTable:
+        fit_on = np.asarray(fit_on)
+        if fit_on.dtype != bool or fit_on.shape != (len(self),):
+            raise DataError(
+                f"fit_on is {fit_on.dtype} {fit_on.shape}; give a mask of the train items, ({len(self)},) bool"
+            )
+        tables, maps = {}, {}
+        for column, (m, table) in enumerate(self.tables.items()):
+            rows = table[self.presence[:, column] & fit_on].astype(np.float64)
+            if not len(rows):
+                raise DataError(f"no item of fit_on has {m!r}: there is nothing to fit on; leave the modality out")
+            step = fit(rows)
+            tables[m] = step(table)
+            maps[m] = self.maps[m].then(step) if m in self.maps else step
+        return FeatureTable(tables, self.presence, maps)
+
+
+def _principal(centred: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest variances (d,) and their directions (D, d) of centred rows (n, D), d <= dim; each direction's largest
+    entry is positive, so that the result does not depend on the solver."""
+    n, width = centred.shape
+    small = centred.T @ centred if width <= n else centred @ centred.T
+    size = len(small)
+    values, vectors = scipy.linalg.eigh(small / n, subset_by_index=[max(size - dim, 0), size - 1])
+    values, vectors = values[::-1], vectors[:, ::-1]
+    keep = max(int((values > 1e-6 * max(values[0], 1e-12)).sum()), 1)
+    values, vectors = values[:keep], vectors[:, :keep]
+    if width > n:  # from the items' side to the columns' side
+        vectors = centred.T @ vectors / np.sqrt(n * np.maximum(values, 1e-12))
+    largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(keep)]
+    return values, vectors * np.where(largest < 0, -1.0, 1.0)
