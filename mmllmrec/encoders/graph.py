@@ -25,11 +25,17 @@ class _SymmetricProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, x: Tensor) -> Tensor:
         ctx.matrix = matrix
-        return matrix @ x
+        return _product(matrix, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.matrix @ grads[0]
+        return None, _product(ctx.matrix, grads[0])
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix @ x in the matrix's dtype, also where autocast is on (a backward may run inside it)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return matrix @ x.to(matrix.dtype)
 
 
 class Propagation(nn.Module):
@@ -63,8 +69,7 @@ class Propagation(nn.Module):
         return torch.sparse_csr_tensor(self.starts, self.columns, self.values, (n, n), check_invariants=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            product: Tensor = _SymmetricProduct.apply(self.matrix(), x.to(self.values.dtype))
+        product: Tensor = _SymmetricProduct.apply(self.matrix(), x.to(self.values.dtype))
         return product
 
 

@@ -73,8 +73,7 @@ class VBPR(Recommender):
 
     def _items(self, items: Tensor | slice) -> Tensor:
         """Both halves of some items' embeddings, (...,) -> (..., 2D), and the bias with ``bias=True``."""
-        content = self.content[items]
-        known = self.warm[items][..., None]
+        content, known = self.content[items], self.warm[items][..., None]
         parts = [self.items.weight[items] * known, self.project(content)]
         if self.biases is not None and self.item_bias is not None:
             parts.append(self.item_bias[items][..., None] * known + self.biases(content))
@@ -108,8 +107,8 @@ class VBPR(Recommender):
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters, and the features with the maps that made them."""
-        arrays = self.features.arrays().items()
-        return super().weights() | {f"features.{k}": torch.from_numpy(v.copy()) for k, v in arrays}
+        arrays = self.features.arrays()
+        return super().weights() | {f"features.{k}": torch.tensor(v) for k, v in arrays.items()}
 
     @classmethod
     def _restore(cls, folder: Path, train: Interactions, catalog: Catalog | None, about: dict[str, Any]) -> VBPR:

@@ -1,0 +1,207 @@
+"""What every recommender keeps. A new one joins by one line in MODELS."""
+
+import json
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from mmllmrec import models
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.data.sampling import Batch, epoch
+from mmllmrec.models.base import Recommender
+
+U, N = 7, 11
+USERS = np.arange(U)
+
+# name -> (training events, catalogue) -> a small model, built after a seed
+MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
+    "BPR": lambda train, catalog: models.BPR(train, dim=5),
+    "LightGCN": lambda train, catalog: models.LightGCN(train, dim=5, layers=2, reg=1e-2),
+    "VBPR": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3),
+    "VBPR with biases": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3, bias=True),
+    "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
+    "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
+}
+
+
+@pytest.fixture(scope="module")
+def train() -> Interactions:
+    """Seven users and eleven items; the last user and the last item have no event."""
+    cells = np.random.default_rng(0).choice((U - 1) * (N - 1), size=31, replace=False)
+    ids = IdMap([f"u{u}" for u in range(U)], what="user id"), IdMap([f"i{i}" for i in range(N)], what="item id")
+    return Interactions(cells // (N - 1), cells % (N - 1), None, *ids)
+
+
+@pytest.fixture(scope="module")
+def catalog(train) -> Catalog:
+    rng = np.random.default_rng(1)
+    features = {"image": rng.normal(size=(N, 13)), "text": rng.normal(size=(N, 17)) + 1}
+    absent = {"image": np.arange(N) == 2, "text": np.isin(np.arange(N), (2, 3))}  # item 2 has no content at all
+    rows = datasets.Dataset.from_dict({"item_id": train.item_ids.ids})
+    return Catalog(rows, train.item_ids, features=features, absent=absent)
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request, train, catalog) -> Recommender:
+    torch.manual_seed(0)
+    return MODELS[request.param](train, catalog)
+
+
+def a_batch(model: Recommender, train: Interactions, size: int = 13) -> Batch:
+    return next(epoch(train, batch_size=size, negatives=model.negatives, rng=np.random.default_rng(0)))
+
+
+def trained(model: Recommender, train: Interactions) -> Recommender:
+    """A few steps away from the start, so that nothing passes by being symmetric or zero."""
+    if model.trainable:
+        optimiser = torch.optim.Adam(model.parameter_groups(0.05))
+        for batch in epoch(train, batch_size=13, negatives=model.negatives, rng=np.random.default_rng(0)):
+            optimiser.zero_grad()
+            sum(model.loss(batch).values()).backward()
+            optimiser.step()
+    return model
+
+
+def test_a_batch_scores_like_one_by_one(model, train):
+    scores = trained(model, train).score(USERS)
+    assert scores.shape == (U, N)
+    for user in USERS:
+        torch.testing.assert_close(model.score(USERS[user : user + 1])[0], scores[user])
+
+
+def test_permuting_users_permutes_rows(model, train):
+    scores = trained(model, train).score(USERS)
+    order = np.random.default_rng(3).permutation(U)
+    torch.testing.assert_close(model.score(order), scores[order])
+    torch.testing.assert_close(model.score(torch.from_numpy(order)), scores[order])  # tensors do as well
+
+
+def test_scores_repeat_exactly(model, train):
+    trained(model, train)
+    assert torch.equal(model.score(USERS), model.score(USERS))
+
+
+def test_all_scores_are_finite_for_cold_users_and_cold_items_too(model, train):
+    assert train.user_counts[U - 1] == 0 and train.item_counts[N - 1] == 0
+    assert torch.isfinite(trained(model, train).score(USERS)).all()
+
+
+def test_embed_is_fresh_in_eval_mode_and_restores_the_mode(model, train):
+    if not model.trainable:
+        assert not hasattr(model, "embed")
+        return
+    for mode in (True, False):
+        model.train(mode)
+        users, items = model.embed()
+        assert model.training is mode and not users.requires_grad and not items.requires_grad
+        assert len(users) == U and len(items) == N and users.shape[1] == items.shape[1]
+    before = users @ items.T
+    torch.testing.assert_close(before, model.score(USERS))
+    trained(model, train)
+    users, items = model.embed()
+    assert (users @ items.T - before).abs().max() > 1e-3  # of this step, not of an earlier one
+
+
+def test_every_term_has_a_gradient_and_every_parameter_gets_one(model, train):
+    if not model.trainable:
+        assert not list(model.parameters())
+        with pytest.raises(TypeError, match="closed form"):
+            model.loss(Batch(torch.zeros(1).long(), torch.zeros(1).long()))
+        return
+    trained(model, train)
+    reached = set()
+    for name, term in model.loss(a_batch(model, train)).items():
+        assert term.shape == () and torch.isfinite(term), name
+        model.zero_grad()
+        term.backward(retain_graph=True)
+        mine = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert mine, f"{name} reaches no parameter"
+        reached |= mine
+    assert reached == {n for n, p in model.named_parameters() if p.requires_grad}
+    grouped = [p for group in model.parameter_groups(1e-3) for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len({id(p) for p in grouped})
+
+
+def test_one_event_is_a_batch(model, train):
+    if model.trainable:
+        terms = model.loss(a_batch(model, train, size=1))
+        assert all(torch.isfinite(t) and t.shape == () for t in terms.values())
+        sum(terms.values()).backward()
+    assert model.score(USERS[:1]).shape == (1, N)
+
+
+def test_several_negatives_are_averaged(model, train):
+    if model.negatives == 0:
+        return
+    three = next(epoch(train, batch_size=13, negatives=3, rng=np.random.default_rng(0)))
+    ones = [Batch(three.users, three.items, three.negatives[:, k : k + 1]) for k in range(3)]
+    name = model.loss_name
+    each = torch.stack([model.loss(batch)[name] for batch in ones])
+    torch.testing.assert_close(model.loss(three)[name], each.mean())
+
+
+def test_no_raw_feature_table_is_trainable(model, catalog):
+    widths = {table.shape for table in catalog.features.values()}
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and tuple(p.shape) in widths]
+    assert not [n for n, p in model.named_parameters() if "content" in n or "features" in n]
+
+
+def test_saved_and_loaded_scores_are_the_same(model, train, catalog, tmp_path):
+    scores = trained(model, train).score(USERS)
+    folder = model.save_pretrained(tmp_path / "model")
+    for loaded in (
+        Recommender.from_pretrained(folder, catalog=catalog),
+        type(model).from_pretrained(folder, catalog=catalog),
+    ):
+        assert type(loaded) is type(model) and loaded.config == model.config
+        assert loaded.modalities == model.modalities and loaded.train_data.hash == train.hash
+        assert torch.equal(loaded.score(USERS), scores)
+    model.save_pretrained(folder)  # an older folder is replaced
+    assert torch.equal(Recommender.from_pretrained(folder, catalog=catalog).score(USERS), scores)
+    assert {f.suffix for f in folder.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_a_broken_folder_is_named(model, catalog, tmp_path):
+    folder = model.save_pretrained(tmp_path / "model")
+
+    def load() -> Recommender:
+        return Recommender.from_pretrained(folder, catalog=catalog)
+
+    for name in ("config.json", "ids.json", "events.safetensors", "model.safetensors"):
+        whole = (folder / name).read_bytes()
+        for broken in (None, b"", b"\xff\x00nonsense", b"[]"):
+            if broken is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(broken)
+            with pytest.raises(DataError, match=name):
+                load()
+        (folder / name).write_bytes(whole)
+    about = json.loads((folder / "config.json").read_text())
+    for change in ({"class": "Nobody"}, {"config": {"unknown": 1}}, {"config": None}):
+        (folder / "config.json").write_text(json.dumps(about | change))
+        with pytest.raises(DataError, match=r"config\.json"):
+            load()
+    (folder / "config.json").write_text(json.dumps({"class": about["class"]}))
+    with pytest.raises(DataError, match=r"config\.json"):
+        load()
+    with pytest.raises(DataError, match="is missing"):
+        Recommender.from_pretrained(tmp_path / "nowhere")
+
+
+def test_another_class_and_other_items_are_refused(model, train, catalog, tmp_path):
+    folder = model.save_pretrained(tmp_path / "model")
+    other = models.EASE if not isinstance(model, models.EASE) else models.BPR
+    with pytest.raises(DataError, match=f"{type(model).__name__}.from_pretrained"):
+        other.from_pretrained(folder, catalog=catalog)
+    names = IdMap([f"other{i}" for i in range(N)], what="item id")
+    with pytest.raises(DataError, match="item ids"):
+        Recommender.from_pretrained(folder, catalog=Catalog(datasets.Dataset.from_dict({"item_id": names.ids}), names))
+    if model.modalities:
+        with pytest.raises(DataError, match="catalog="):
+            Recommender.from_pretrained(folder)

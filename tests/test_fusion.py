@@ -1,0 +1,80 @@
+"""What presence does to a gate: weight, influence and gradient of an absent vector are exactly zero."""
+
+import pytest
+import torch
+
+from mmllmrec import fusion
+from mmllmrec.data.interactions import DataError
+
+B, M, D = 7, 3, 5
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    gate = fusion.Gate(D, M).double()
+    torch.nn.init.normal_(gate.linear.weight)
+    torch.nn.init.normal_(gate.linear.bias)
+    vectors = torch.randn(B, M, D, dtype=torch.float64, requires_grad=True)
+    present = torch.rand(B, M) < 0.6
+    present[0], present[1] = False, True
+    return gate, vectors, present
+
+
+def test_gate_is_its_formula(case):
+    gate, vectors, present = case
+    fused, weights = gate(vectors, present)
+    w, bias = gate.linear.weight, gate.linear.bias
+    for b in range(B):
+        seen = torch.cat([vectors[b, m] if present[b, m] else torch.zeros(D).double() for m in range(M)])
+        raw = [torch.exp(w[m] @ seen + bias[m]) if present[b, m] else torch.zeros(()).double() for m in range(M)]
+        total = sum(raw) if present[b].any() else 1.0
+        torch.testing.assert_close(weights[b], torch.stack([r / total for r in raw]))
+        torch.testing.assert_close(fused[b], sum(r / total * v for r, v in zip(raw, vectors[b], strict=True)))
+
+
+def test_absent_weight_and_gradient_are_exactly_zero_and_the_rest_sums_to_one(case):
+    gate, vectors, present = case
+    fused, weights = gate(vectors, present)
+    (gradient,) = torch.autograd.grad((fused**3).sum(), vectors)
+    assert (weights[~present] == 0).all() and (gradient[~present] == 0).all()
+    assert (gradient[present].abs().sum(-1) > 0).all()
+    torch.testing.assert_close(weights.sum(1), present.any(1).double())
+
+
+def test_what_an_absent_vector_holds_does_not_matter(case):
+    gate, vectors, present = case
+    spoiled = vectors.detach().masked_fill(~present[..., None], float("nan"))
+    assert torch.equal(gate(spoiled, present)[0], gate(vectors, present)[0])
+    assert torch.equal(fusion.mean(spoiled, present), fusion.mean(vectors, present))
+
+
+def test_a_row_without_any_is_exactly_zero_with_finite_gradients(case):
+    gate, vectors, present = case
+    present = torch.zeros_like(present)
+    fused, weights = gate(vectors, present)
+    assert (fused == 0).all() and (weights == 0).all() and (fusion.mean(vectors, present) == 0).all()
+    gradients = torch.autograd.grad(fused.sum(), [vectors, *gate.parameters()])
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_a_new_gate_is_the_mean_of_what_is_present(case):
+    _, vectors, present = case
+    gate = fusion.Gate(D, M).double()
+    torch.testing.assert_close(gate(vectors, present)[0], fusion.mean(vectors, present))
+
+
+def test_mean_is_over_the_present(case):
+    _, vectors, present = case
+    result = fusion.mean(vectors, present)
+    for b in range(1, B):
+        rows = vectors[b][present[b]]
+        torch.testing.assert_close(result[b], rows.mean(0) if len(rows) else torch.zeros(D).double())
+
+
+def test_other_shapes_are_refused(case):
+    gate, vectors, present = case
+    with pytest.raises(DataError, match="bool"):
+        gate(vectors, present.long())
+    with pytest.raises(DataError, match="expected"):
+        gate(vectors[:, :2], present[:, :2])

@@ -1,0 +1,143 @@
+"""Losses against naive loops, in value and gradient, and what their masks do."""
+
+import math
+
+import pytest
+import torch
+
+from mmllmrec import losses
+from mmllmrec.data.interactions import DataError
+
+B, K, C, D = 7, 3, 11, 5
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def same(loss, naive, *inputs):
+    """Equal value and equal gradient in each input."""
+    torch.testing.assert_close(loss, naive)
+    for x, y in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(naive, inputs, retain_graph=True), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_bpr_is_its_formula():
+    positive, negative = normal(B, seed=1), normal(B, K, seed=2)
+    naive = 0.0
+    for b in range(B):
+        for k in range(K):
+            naive = naive - torch.log(1 / (1 + torch.exp(negative[b, k] - positive[b]))) / (B * K)
+    same(losses.bpr(positive, negative), naive, positive, negative)
+
+
+def test_bpr_stays_finite_for_hopeless_scores():
+    positive = torch.full((1,), -1e4, requires_grad=True)
+    loss = losses.bpr(positive, torch.full((1, 1), 1e4))
+    loss.backward()
+    assert loss.item() == 2e4 and positive.grad.item() == -1.0
+
+
+def test_bpr_refuses_one_negative_without_its_dimension():
+    with pytest.raises(DataError, match=r"\(B, K\)"):
+        losses.bpr(torch.zeros(3), torch.zeros(3))
+
+
+def test_l2_and_embedding_norm_are_their_formulas():
+    u, i, j = normal(B, D, seed=1), normal(B, D, seed=2), normal(B, K, D, seed=3)
+    squares = [sum(v**2 for v in e.reshape(-1)) for e in (u, i, j)]
+    same(losses.l2(u, i, j), sum(squares) / (2 * B), u, i, j)
+    same(losses.embedding_norm(u, i, j), sum(s**0.5 for s in squares) / B, u, i, j)
+
+
+def test_l2_of_a_batch_is_the_mean_over_its_halves_and_the_norm_is_not():
+    x = normal(6, D)
+    assert torch.isclose((losses.l2(x[:3]) + losses.l2(x[3:])) / 2, losses.l2(x))
+    assert (losses.embedding_norm(x[:3]) + losses.embedding_norm(x[3:])) / 2 > 1.3 * losses.embedding_norm(x)
+
+
+def test_embedding_norm_has_no_nan_gradient_at_zero():
+    x = torch.zeros(3, 2, requires_grad=True)
+    losses.embedding_norm(x).backward()
+    assert x.grad.abs().max() == 0
+
+
+def softmax_case():
+    generator = torch.Generator().manual_seed(5)
+    users, items, log_q = normal(B, D, seed=1), normal(C, D, seed=2), normal(C, seed=3)
+    target = torch.randint(0, C, (B,), generator=generator)
+    mask = torch.rand(B, C, generator=generator) < 0.3
+    mask[torch.arange(B), target] = torch.arange(B) % 2 == 0  # the target is named in some rows: it must stay
+    return users, items, log_q, target, mask
+
+
+def test_sampled_softmax_is_its_formula():
+    users, items, log_q, target, mask = softmax_case()
+    naive = 0.0
+    for b in range(B):
+        logits = [users[b] @ items[c] / 0.3 - log_q[c] for c in range(C)]
+        below = sum(torch.exp(logits[c]) for c in range(C) if c == target[b] or not mask[b, c])
+        naive = naive - (logits[target[b]] - torch.log(below)) / B
+    loss = losses.sampled_softmax(users, items, target, log_q=log_q, mask=mask, temperature=0.3)
+    same(loss, naive, users, items, log_q)
+
+
+def test_a_masked_candidate_has_exactly_no_gradient_and_no_influence():
+    users, items, log_q, target, _ = softmax_case()
+    gone = next(c for c in range(C) if c not in target)
+    mask = torch.zeros(B, C, dtype=torch.bool)
+    mask[:, gone] = True
+    loss = losses.sampled_softmax(users, items, target, log_q=log_q, mask=mask)
+    (gradient,) = torch.autograd.grad(loss, items)
+    assert (gradient[gone] == 0).all() and (gradient[target] != 0).any()
+    other = items.detach().clone()
+    other[gone] = 1e6
+    assert losses.sampled_softmax(users, other, target, log_q=log_q, mask=mask) == loss
+
+
+def test_a_row_whose_others_are_all_masked_costs_nothing():
+    users, items, _, target, _ = softmax_case()
+    loss = losses.sampled_softmax(users, items, target, mask=torch.ones(B, C, dtype=torch.bool))
+    assert loss.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (users, items)))
+
+
+def test_uniform_scores_cost_log_candidates():
+    users, items, _, target, _ = softmax_case()
+    loss = losses.sampled_softmax(torch.zeros_like(users), items, target, log_q=torch.full((C,), -2.0))
+    assert math.isclose(loss.item(), math.log(C), rel_tol=1e-9)
+    same_rows = torch.ones(B, D)
+    assert math.isclose(losses.info_nce(same_rows, same_rows).item(), math.log(B), rel_tol=1e-6)
+
+
+def test_log_q_lifts_rare_candidates():
+    """A popular candidate (large log_q) is discounted: the loss of a popular positive is larger than a rare one's."""
+    users, items = torch.zeros(1, D), torch.zeros(2, D)
+    log_q = torch.tensor([0.9, 0.1]).log()
+    popular, rare = (losses.sampled_softmax(users, items, torch.tensor([t]), log_q=log_q).item() for t in (0, 1))
+    assert math.isclose(popular, -math.log(0.1), rel_tol=1e-5) and math.isclose(rare, -math.log(0.9), rel_tol=1e-5)
+
+
+def test_temperature_is_learnable():
+    users, items, _, target, _ = softmax_case()
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    loss = losses.sampled_softmax(users, items, target, temperature=temperature)
+    assert torch.autograd.grad(loss, temperature)[0] != 0
+
+
+def test_info_nce_is_its_formula_and_symmetrical():
+    a, b = normal(B, D, seed=1), normal(B, D, seed=2)
+    cos = [[a[n] @ b[m] / (a[n] @ a[n]).sqrt() / (b[m] @ b[m]).sqrt() / 0.2 for m in range(B)] for n in range(B)]
+    naive = 0.0
+    for n in range(B):
+        row = torch.log(sum(torch.exp(cos[n][m]) for m in range(B)))
+        column = torch.log(sum(torch.exp(cos[m][n]) for m in range(B)))
+        naive = naive + (row + column - 2 * cos[n][n]) / (2 * B)
+    same(losses.info_nce(a, b, temperature=0.2), naive, a, b)
+    torch.testing.assert_close(losses.info_nce(a, b), losses.info_nce(b, a))
+
+
+def test_half_precision_scores_are_summed_in_float32():
+    loss = losses.sampled_softmax(torch.zeros(1, D).bfloat16(), torch.zeros(300, D).bfloat16(), torch.tensor([0]))
+    assert loss.dtype == torch.float32 and math.isclose(loss.item(), math.log(300), rel_tol=1e-6)
