@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmllmrec import losses, models
+    from mmllmrec import fusion, losses, models
     from mmllmrec.data import sampling, splits
     from mmllmrec.data.catalog import Catalog
     from mmllmrec.data.dataset import RecDataset, load_dataset
@@ -30,6 +30,7 @@ _MODULES = {
     "sampling": "data.sampling",
     "models": "models",
     "losses": "losses",
+    "fusion": "fusion",
 }
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Interactions",
     "RecDataset",
     "RunCard",
+    "fusion",
     "load_dataset",
     "losses",
     "models",

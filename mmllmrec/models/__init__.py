@@ -11,16 +11,20 @@ if TYPE_CHECKING:
     from mmllmrec.models.ease import EASE
     from mmllmrec.models.itemknn import ItemKNN
     from mmllmrec.models.lightgcn import LightGCN
+    from mmllmrec.models.unified import Unified
+    from mmllmrec.models.vbpr import VBPR
 
 WHERE = {
     "Recommender": "base",
     "ItemKNN": "itemknn",
     "EASE": "ease",
     "BPR": "bpr",
+    "VBPR": "vbpr",
     "LightGCN": "lightgcn",
+    "Unified": "unified",
 }
 
-__all__ = ["BPR", "EASE", "ItemKNN", "LightGCN", "Recommender", "classes"]
+__all__ = ["BPR", "EASE", "VBPR", "ItemKNN", "LightGCN", "Recommender", "Unified", "classes"]
 
 
 def __getattr__(name: str) -> Any:

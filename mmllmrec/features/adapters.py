@@ -1,0 +1,66 @@
+"""LoRA adapters through PEFT: attach, save in PEFT's own format with a card, load, merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmllmrec.data.interactions import DataError
+
+# open_clip attends with nn.MultiheadAttention, whose projections are parameters and no linear modules: naming modules
+# alone would miss them or, for out_proj, change nothing
+VISION = {"target_modules": ["c_fc", "c_proj"], "target_parameters": ["attn.in_proj_weight"]}
+LANGUAGE = {
+    "llama": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    "bert": {"target_modules": ["query", "key", "value", "intermediate.dense", "output.dense"]},
+}
+
+
+def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None = None) -> Any:
+    """Put LoRA on a pretrained tower and freeze everything else in it; returns a ``peft.PeftModel``.
+
+    W' = W + (alpha / rank) B A with alpha = 2 rank and B = 0 at the start (Hu et al. 2022, eq. 3), so nothing changes
+    until it trains. ``kind`` is ``"vision"`` (an open_clip transformer) or ``"language"`` (a ``transformers`` model);
+    ``layers`` limits a language model's adapters to those layers. ``module`` itself is changed: pass a copy to keep it.
+    Raises ``DataError`` when nothing was there to adapt.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise DataError(f"rank={rank}: at least 1")
+    if kind == "vision":
+        targets: dict[str, Any] = VISION
+    else:
+        model_type = module.config.model_type  # type: ignore[union-attr]
+        family = "bert" if model_type in ("bert", "roberta", "xlm-roberta") else "llama"
+        targets = dict(LANGUAGE[family])
+        if layers is not None:
+            targets |= {"layers_to_transform": layers, "layers_pattern": ["layer", "layers"]}
+    try:
+        return get_peft_model(module, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", **targets))
+    except ValueError as error:
+        raise DataError(f"LoRA found nothing to adapt in a {type(module).__name__} as {kind}: {error}") from error
+
+
+def save(adapted: Any, folder: Path, *, card: dict[str, Any]) -> None:
+    """Write ``adapter_model.safetensors``, ``adapter_config.json`` (both PEFT's) and ``card.json`` to ``folder``."""
+    adapted.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card: ours says what is known
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def load(adapted: Any, folder: Path) -> None:
+    """Read saved LoRA weights into a tower that ``attach`` prepared. Raises ``DataError`` when they do not fit."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: {folder} holds no adapter in PEFT's format")
+    result: Any = set_peft_model_state_dict(adapted, load_file(path))
+    lost = [k for k in result.missing_keys if "lora_" in k]
+    if lost or result.unexpected_keys:
+        raise DataError(f"{path} does not fit this tower: missing {lost[:3]}, unexpected {result.unexpected_keys[:3]}")

