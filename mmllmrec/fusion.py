@@ -17,7 +17,7 @@ def masked_softmax(logits: Tensor, present: Tensor) -> Tensor:
     The weight of an absent one is exactly 0, and so is the gradient of its logit; a row with none present is all zeros.
     """
     some = present.any(dim=-1, keepdim=True)
-    # a row of -inf alone would be NaN in value and gradient: such rows are computed unmasked, then zeroed
+    # a row of -inf alone would be NaN inside, forward and backward: such rows are computed unmasked, then zeroed
     weights = torch.softmax(logits.masked_fill(~present & some, float("-inf")), dim=-1)
     return weights.masked_fill(~present, 0.0)
 

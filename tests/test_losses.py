@@ -101,6 +101,11 @@ def test_a_row_whose_others_are_all_masked_costs_nothing():
     users, items, _, target, _ = softmax_case()
     loss = losses.sampled_softmax(users, items, target, mask=torch.ones(B, C, dtype=torch.bool))
     assert loss.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (users, items)))
+    # a finite mask value would be the largest logit here
+    low = losses.sampled_softmax(
+        -1e9 * torch.ones(1, D), torch.ones(2, D), torch.tensor([0]), mask=torch.ones(1, 2) > 0
+    )
+    assert low.item() == 0
 
 
 def test_uniform_scores_cost_log_candidates():

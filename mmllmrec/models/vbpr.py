@@ -56,8 +56,7 @@ class VBPR(Recommender):
         if len(features) != self.n_items:
             raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
         self.reg, self.modalities = reg, features.modalities
-        self.users = nn.Embedding(self.n_users, 2 * dim)
-        self.items = nn.Embedding(self.n_items, dim)
+        self.users, self.items = nn.Embedding(self.n_users, 2 * dim), nn.Embedding(self.n_items, dim)
         self.project = nn.Linear(sum(features.widths.values()), dim, bias=False)
         nn.init.xavier_uniform_(self.users.weight)
         nn.init.xavier_uniform_(self.items.weight)
