@@ -1,0 +1,67 @@
+"""Protocols: which users, items and masks a number is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.ranking import Ranking, rank
+
+ROWS = ("all", "warm", "cold", "cold only", "cold users")
+MASKS = ("train+valid", "train")
+
+
+def validation_score(
+    scorer: Any, train: Interactions, valid: Interactions, *, metric: str = "ndcg@20", seed: int = 0
+) -> float:
+    """Mean of a metric over the users with a validation event, train positives masked, at full precision."""
+    k = int(metric.partition("@")[2] or 0)
+    return float(rank(scorer, valid, seen=train.csr, k=k, seed=seed).per_user(metric).mean())
+
+
+def rankings(
+    scorer: Any, split: Split, target: Interactions, *, seen: sp.csr_matrix, k: int, seed: int
+) -> dict[str, Ranking]:
+    """A ranking for each row of a table that the split has.
+
+    ``all``: every positive. ``warm``, ``cold``: positives that have, have not, a training event, ranked among the whole
+    catalogue. ``cold only``: cold positives among cold items. ``cold users``: users without a training event.
+    """
+    warm = split.warm_items
+    is_warm = warm[target.items]
+    found = {"all": rank(scorer, target, seen=seen, k=k, seed=seed)}
+    if not is_warm.all():
+        if is_warm.any():
+            found["warm"] = rank(scorer, target.select(is_warm), seen=seen, k=k, seed=seed)
+        cold = target.select(~is_warm)
+        found["cold"] = rank(scorer, cold, seen=seen, k=k, seed=seed)
+        found["cold only"] = rank(scorer, cold, seen=seen, k=k, seed=seed, candidates=~warm)
+    cold_users = np.flatnonzero(split.cold_users)
+    if np.isin(target.users, cold_users).any():
+        found["cold users"] = rank(scorer, target, seen=seen, k=k, seed=seed, users=cold_users)
+    return found
+
+
+def harmonic(warm: float, cold: float) -> float:
+    """Harmonic mean of warm and cold, 0 where either is 0.
+
+    >>> harmonic(0.5, 0.25)
+    0.3333333333333333
+    """
+    return 2 * warm * cold / (warm + cold) if warm > 0 and cold > 0 else 0.0
+
+
+def seen_matrix(split: Split, *, on: str, mask: str) -> sp.csr_matrix:
+    """What is masked: train for validation; train and validation for test (``mask="train"``: train alone, as the MMRec
+    family does)."""
+    if on not in ("valid", "test"):
+        raise DataError(f"on={on!r}: use 'valid' or 'test'")
+    if mask not in MASKS:
+        raise DataError(f"mask={mask!r}: use one of {MASKS}")
+    if on == "valid" or mask == "train":
+        return split.train.csr
+    return (split.train.csr + split.valid.csr).tocsr()
