@@ -54,7 +54,8 @@ def rank(
     ``scorer`` has ``embed() -> users (U, D), items (I, D)`` or ``score(users) -> (B, I)``. ``seen`` (U, I) entries are
     masked with -inf; ``candidates`` (I,) bool limits items and positives alike; ``users`` limits the users. Equal
     scores are ordered by one permutation of the items drawn from ``seed``, so a constant scorer ranks at random. A
-    masked item never counts, even where fewer than K items are left. Raises ``DataError`` naming the scorer on NaN scores.
+    masked item never counts, even where fewer than K items are left. Raises ``DataError`` naming the scorer when a
+    score is NaN.
     """
     n_items = positives.n_items
     wanted = positives.csr if candidates is None else positives.csr @ sp.diags(candidates.astype(np.float32))
