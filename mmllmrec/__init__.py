@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmllmrec.data.interactions import DataError, Interactions
     from mmllmrec.runcard import RunCard
     from mmllmrec.seed import seed_everything
+    from mmllmrec.training.fit import Run, fit
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ _WHERE = {
     "Catalog": "data.catalog",
     "RecDataset": "data.dataset",
     "load_dataset": "data.dataset",
+    "fit": "training.fit",
+    "Run": "training.fit",
 }
 _MODULES = {
     "splits": "data.splits",
@@ -38,7 +41,9 @@ __all__ = [
     "DataError",
     "Interactions",
     "RecDataset",
+    "Run",
     "RunCard",
+    "fit",
     "fusion",
     "load_dataset",
     "losses",

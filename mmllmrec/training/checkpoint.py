@@ -1,0 +1,92 @@
+"""Checkpoints: everything a run needs to go on, as tensors (safetensors) and plain values (JSON).
+
+Accelerate's ``save_state`` pickles and writes in place; a run killed while it writes would be lost with it. Here a
+checkpoint is one folder, written beside and renamed, and loading it executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.runcard import write_atomically
+
+NAME = "checkpoint"
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training moves: parameters with a gradient and persistent buffers. Frozen towers are not written again."""
+    moving = {n for n, p in model.named_parameters() if p.requires_grad}
+    fixed = {n for n, _ in model.named_parameters()} - moving
+    return {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items() if k not in fixed}
+
+
+def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what ``trained`` took. Raises ``DataError`` when a name is not the model's."""
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise DataError(f"a checkpoint of another model: it has {unexpected[:3]}, which this one has not")
+
+
+def save(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    best: dict[str, Tensor],
+    state: dict[str, Any],
+) -> None:
+    """Write ``folder/checkpoint`` at once: weights, best weights, optimiser, random state, and ``state`` (JSON)."""
+    tensors = {f"model/{k}": v for k, v in trained(model).items()}
+    tensors |= {f"best/{k}": v.clone() for k, v in best.items()}
+    numbers: dict[str, dict[str, Any]] = {}
+    for position, values in optimiser.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimiser/{position}/{key}"] = value.detach().cpu().clone().contiguous()
+            else:
+                numbers.setdefault(str(position), {})[key] = value
+    tensors["random"] = torch.get_rng_state()
+
+    def write(path: Path) -> None:
+        path.mkdir()
+        save_file(tensors, path / "state.safetensors")
+        (path / "state.json").write_text(json.dumps({**state, "optimiser": numbers}), encoding="utf-8")
+
+    write_atomically(folder / NAME, write)
+
+
+def load(
+    folder: Path, *, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put a checkpoint back into model, optimiser and torch's random state; returns best weights and ``state``."""
+    tensors = load_file(folder / NAME / "state.safetensors")
+    state = peek(folder)
+    assert state is not None
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    restore(model, under("model/"))
+    moments: dict[int, dict[str, Any]] = {int(p): dict(v) for p, v in state.pop("optimiser").items()}
+    for name, value in under("optimiser/").items():
+        position, _, key = name.partition("/")
+        moments.setdefault(int(position), {})[key] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    torch.set_rng_state(tensors["random"])
+    return under("best/"), state
+
+
+def peek(folder: Path) -> dict[str, Any] | None:
+    """The plain values of a checkpoint, or None where there is none."""
+    path = folder / NAME / "state.json"
+    if not path.is_file():
+        return None
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,271 @@
+"""fit(): the one training loop, and the only place that knows Accelerate.
+
+Legend: B batch (of all processes together).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.sampling import Batch, epoch
+from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.protocols import validation_score
+from mmllmrec.models.base import Recommender
+from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, write_json
+from mmllmrec.seed import generator, seed_everything
+from mmllmrec.training import checkpoint
+
+
+@dataclass
+class Run:
+    """A fitted model and how it came to be. ``history`` has a row an epoch: loss terms, validation score, seconds."""
+
+    model: Recommender
+    history: pd.DataFrame
+    best_epoch: int
+    best_score: float
+    seconds: float
+    card: RunCard
+
+    @property
+    def name(self) -> str:
+        """The model's name in tables."""
+        return self.model.name
+
+    def __repr__(self) -> str:
+        return f"Run({self.name}: best epoch {self.best_epoch}, {self.card.settings['monitor']} {self.best_score:.4f})"
+
+
+class _Loss(nn.Module):
+    """The loss as a forward pass, which is where data-parallel training attaches its gradient hooks."""
+
+    def __init__(self, model: Recommender):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.model.loss(batch)
+
+
+def fit(
+    model: Recommender,
+    split: Split,
+    *,
+    epochs: int = 50,
+    batch_size: int = 2048,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    warmup: float = 0.0,
+    clip: float | None = None,
+    monitor: str = "ndcg@20",
+    patience: int | None = None,
+    eval_every: int = 1,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = True,
+    log_with: Any = None,
+    progress: bool = True,
+) -> Run:
+    """Train a model on ``split.train``, choose its best epoch on ``split.valid``, and return it with those weights.
+
+    AdamW over ``model.parameter_groups(lr)``; ``schedule`` is ``"constant"`` or ``"cosine"`` (to zero), after a linear
+    ``warmup`` (share of all steps); ``clip`` bounds the gradient's norm. Every ``eval_every`` epochs ``monitor`` is
+    measured at full precision; ``patience`` is how many measurements without a better one end the run.
+    ``batch_size`` is that of all processes together. With ``folder``, a checkpoint is written after every epoch (and
+    every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result. ``log_with`` is
+    any tracker of Accelerate. A model in closed form is only measured.
+
+    Raises ``DataError`` when a loss term is not finite, and when ``folder`` holds a checkpoint of other settings.
+    """
+    if schedule not in ("constant", "cosine"):
+        raise DataError(f"schedule={schedule!r}: use 'constant' or 'cosine'")
+    began = time.perf_counter()
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup": warmup,
+        "clip": clip,
+        "monitor": monitor,
+        "patience": patience,
+        "eval_every": eval_every,
+    }
+    card = RunCard(
+        kind="fit",
+        name=model.name,
+        seed=seed,
+        data=split.data.name,
+        split=split.describe(),
+        model={"class": type(model).__name__, "config": model.config},
+        settings=settings,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        test_opened=split.test_opened,
+    )
+    if not model.trainable:
+        score = validation_score(model, split.train, split.valid, metric=monitor)
+        card.metrics, card.seconds = {monitor: score}, round(time.perf_counter() - began, 3)
+        return Run(model, pd.DataFrame({"epoch": [0], monitor: [score]}), 0, score, card.seconds, card)
+
+    seed_everything(seed)
+    place = None if folder is None else Path(folder)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with, project_dir=place)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if batch_size % world:
+        raise DataError(f"batch_size={batch_size} is that of all {world} processes: make it divisible by {world}")
+    groups = model.parameter_groups(lr)
+    inner = torch.optim.AdamW(
+        [{k: v for k, v in g.items() if k != "name"} for g in groups], lr=lr, weight_decay=weight_decay, fused=True
+    )
+    loss_of, optimiser = accelerator.prepare(_Loss(model), inner)
+    base = [group["lr"] for group in inner.param_groups]
+    steps_an_epoch = math.ceil(len(split.train) / batch_size)
+    total = epochs * steps_an_epoch
+
+    same = {**settings, "seed": seed, "split": split.hash, "model": card.model}
+    key = content_hash(same)
+    state: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best_score": -math.inf, "bad": 0, "history": []}
+    state |= {"terms": {}, "spent": 0.0, "settings": same, "key": key}
+    best = checkpoint.trained(model)
+    if place is not None and resume and (found := checkpoint.peek(place)) is not None:
+        if found["key"] != key:
+            other = [k for k, v in same.items() if content_hash(found["settings"].get(k)) != content_hash(v)]
+            raise DataError(
+                f"{place} holds a checkpoint of a run with other {', '.join(other)}: "
+                "pass another folder, or resume=False"
+            )
+        best, state = checkpoint.load(place, model=model, optimiser=inner)
+    if log_with is not None:
+        accelerator.init_trackers("mmllmrec", config={k: v for k, v in settings.items() if v is not None})
+    bar = tqdm(
+        total=total,
+        initial=state["epoch"] * steps_an_epoch + state["step"],
+        desc=model.name,
+        disable=not (progress and accelerator.is_main_process),
+    )
+    spent = state["spent"]
+
+    local: dict[str, Tensor] = {}  # this process's share of the loss terms' sums since they were last added up
+
+    def add_up() -> None:
+        for name, value in local.items():
+            total_value = float(accelerator.reduce(value, reduction="sum"))
+            state["terms"][name] = state["terms"].get(name, 0.0) + total_value
+        local.clear()
+
+    def keep() -> None:
+        add_up()
+        state["spent"] = spent + time.perf_counter() - began
+        if place is not None and accelerator.is_main_process:
+            checkpoint.save(place, model=model, optimiser=inner, best=best, state=state)
+
+    while state["epoch"] < epochs and not (patience is not None and state["bad"] >= patience):
+        number = state["epoch"]
+        # an epoch's batches depend on seed and number alone: a run cut off in the middle draws the same ones again
+        batches = epoch(
+            split.train, batch_size=batch_size, negatives=model.negatives, rng=generator(seed, "epoch", number)
+        )
+        model.train()
+        for position, batch in enumerate(batches):
+            if position < state["step"]:
+                continue
+            for group, full in zip(inner.param_groups, base, strict=True):
+                group["lr"] = full * factor(number * steps_an_epoch + position, total, schedule, warmup)
+            share = _share(batch, rank, world).to(accelerator.device)
+            terms = loss_of(share)
+            loss = torch.stack(list(terms.values())).sum()
+            if not bool(torch.isfinite(loss)):
+                raise DataError(_diverged(terms, number))
+            optimiser.zero_grad(set_to_none=True)
+            # shares of the last batch can differ in size; each counts by its number of positives
+            accelerator.backward(loss * (len(share) * world / len(batch)))
+            if clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimiser.step()
+            for name, value in terms.items():
+                local[name] = local.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double() * len(
+                    share
+                )
+            state["step"] = position + 1
+            bar.update()
+            if position % 10 == 0:
+                bar.set_postfix(_postfix(model, batch, loss, number, state["best_score"], monitor))
+            if checkpoint_every and state["step"] % checkpoint_every == 0 and state["step"] < steps_an_epoch:
+                keep()
+        add_up()
+        row = {"epoch": number, **{k: v / len(split.train) for k, v in state["terms"].items()}}
+        if (number + 1) % eval_every == 0 or number + 1 == epochs:
+            row[monitor] = validation_score(model, split.train, split.valid, metric=monitor)
+            if row[monitor] > state["best_score"]:
+                best = checkpoint.trained(model)
+                state |= {"best_epoch": number, "best_score": row[monitor], "bad": 0}
+            else:
+                state["bad"] += 1
+        row["seconds"] = spent + time.perf_counter() - began
+        state["history"].append(row)
+        state |= {"epoch": number + 1, "step": 0, "terms": {}}
+        accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=number)
+        keep()
+    bar.close()
+    accelerator.end_training()
+    checkpoint.restore(model, best)
+    card.seconds = round(spent + time.perf_counter() - began, 3)
+    card.peak_memory_mb = peak_memory_mb()
+    card.metrics = {monitor: state["best_score"], "best_epoch": state["best_epoch"]}
+    card.model["weights"] = content_hash(*(p for k, v in sorted(best.items()) for p in (k, v.float().numpy())))
+    if place is not None and accelerator.is_main_process:
+        write_json(place / "card.json", card.as_dict())
+    history = pd.DataFrame(state["history"])
+    return Run(model, history, state["best_epoch"], state["best_score"], card.seconds, card)
+
+
+def factor(step: int, total: int, schedule: str, warmup: float) -> float:
+    """What the learning rate is multiplied by at a step: linear warm-up, then constant or half a cosine to zero.
+
+    >>> [round(factor(s, 10, "cosine", 0.2), 3) for s in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    first = warmup * total
+    if step < first:
+        return min(1.0, (step + 1) / first)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(total - first, 1)))
+
+
+def _share(batch: Batch, rank: int, world: int) -> Batch:
+    """This process's rows of a global batch."""
+    if world == 1:
+        return batch
+    negatives = None if batch.negatives is None else batch.negatives[rank::world]
+    return Batch(batch.users[rank::world], batch.items[rank::world], negatives)
+
+
+def _postfix(model: Recommender, batch: Batch, loss: Tensor, number: int, best: float, monitor: str) -> dict[str, str]:
+    known = getattr(model, "log_candidates", None)
+    candidates = known(batch) if known else math.log(1 + model.negatives)
+    shown = {"epoch": str(number), "loss": f"{float(loss.detach()):.4f}", "log_candidates": f"{candidates:.3f}"}
+    return shown if math.isinf(best) else {**shown, monitor: f"{best:.4f}"}
+
+
+def _diverged(terms: dict[str, Tensor], number: int) -> str:
+    bad = [k for k, v in terms.items() if not bool(torch.isfinite(v))]
+    return (
+        f"loss term {', '.join(bad) or 'sum'} is not finite in epoch {number}: lower lr, pass clip=1.0, "
+        "or look for features that are not standardised"
+    )

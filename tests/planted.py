@@ -1,0 +1,20 @@
+"""A world whose answer is known: users and items of three groups, and events within a group."""
+
+import datasets
+import numpy as np
+
+from mmllmrec.data import splits
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.dataset import RecDataset
+from mmllmrec.data.interactions import IdMap, Interactions
+
+
+def groups(users: int = 61, items: int = 97, kinds: int = 3, share: float = 0.4) -> splits.Split:
+    """Each user takes ``share`` of the items of the own group, and no other."""
+    rng = np.random.default_rng(0)
+    cells = (np.arange(users)[:, None] % kinds == np.arange(items) % kinds) & (rng.random((users, items)) < share)
+    u, i = np.nonzero(cells)
+    ids = IdMap(range(items), what="item id")
+    events = Interactions(u, i, None, IdMap(range(users), what="user id"), ids)
+    data = RecDataset("groups", events, Catalog(datasets.Dataset.from_dict({"item_id": ids.ids}), ids))
+    return splits.random_per_user(data, seed=0)
