@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mmllmrec.data.catalog import Catalog
     from mmllmrec.data.dataset import RecDataset, load_dataset
     from mmllmrec.data.interactions import DataError, Interactions
+    from mmllmrec.evaluation.report import Report, evaluate
     from mmllmrec.runcard import RunCard
     from mmllmrec.seed import seed_everything
     from mmllmrec.training.fit import Run, fit
@@ -25,6 +26,8 @@ _WHERE = {
     "Catalog": "data.catalog",
     "RecDataset": "data.dataset",
     "load_dataset": "data.dataset",
+    "evaluate": "evaluation.report",
+    "Report": "evaluation.report",
     "fit": "training.fit",
     "Run": "training.fit",
 }
@@ -41,8 +44,10 @@ __all__ = [
     "DataError",
     "Interactions",
     "RecDataset",
+    "Report",
     "Run",
     "RunCard",
+    "evaluate",
     "fit",
     "fusion",
     "load_dataset",

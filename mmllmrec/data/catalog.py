@@ -15,6 +15,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from mmllmrec.data.interactions import DataError, IdMap
@@ -73,13 +75,14 @@ class Catalog:
         found = {}
         for m in self.modalities:
             if m in self.dataset.column_names:
+                if m in ("audio", "sensor"):
+                    found[m] = self._lengths(m) > 0
+                    continue
                 column = self.dataset[m]
                 if m == "text":
                     here = [bool(v and v.strip()) for v in column]
-                elif m == "image":
-                    here = [v is not None and bool(v.get("bytes") or v.get("path")) for v in column]
                 else:
-                    here = [v is not None and len(v) > 0 for v in column]
+                    here = [v is not None and bool(v.get("bytes") or v.get("path")) for v in column]
                 found[m] = np.array(here, dtype=bool)
             else:
                 found[m] = np.ones(len(self), dtype=bool)
@@ -104,6 +107,14 @@ class Catalog:
             if self.modalities
             else np.zeros((len(self), 0), bool)
         )
+
+    def _list_column(self, modality: str) -> pa.ListArray:
+        return self.dataset.with_format("arrow")[:].column(modality).combine_chunks()
+
+    def _lengths(self, modality: str) -> np.ndarray:
+        """Number of values an item has, 0 where absent, (I,) int64."""
+        lengths = pc.fill_null(pc.list_value_length(self._list_column(modality)), 0)
+        return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
     # -- content ----------------------------------------------------------------------------------------------------
 
@@ -160,12 +171,20 @@ class Catalog:
         if modality in self.features and modality not in self.dataset.column_names:
             rows = self._rows.get(modality)
             return self.features[modality] if rows is None else self.features[modality][rows]
-        column, present = self.dataset[modality], self.present(modality)
+        present, lengths = self.present(modality), self._lengths(modality)
         rows = self._rows.get(modality, np.arange(len(self)))
-        width = max((len(v) for v in column if v is not None), default=0)
+        width = int(lengths.max(initial=0))
+        here = np.flatnonzero(lengths)
+        odd = here[lengths[here] != width]
+        if odd.size:
+            raise DataError(
+                f"{self.name}: {modality} of item {self.item_ids[odd[0]]!r} has {lengths[odd[0]]} values, not {width}"
+            )
+        values = self._list_column(modality).flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
         table = np.zeros((len(self), width), dtype=np.float32)
-        for item in np.flatnonzero(present):
-            table[item] = column[int(rows[item])]
+        table[here] = values
+        table = table[rows]
+        table[~present] = 0.0
         if modality in self._noise:
             table = generator(self._noise[modality], modality).normal(size=table.shape).astype(np.float32)
         return table

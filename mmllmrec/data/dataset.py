@@ -37,14 +37,18 @@ class RecDataset:
 def load_dataset(name: str, path: str | os.PathLike[str] | None = None, **options: Any) -> RecDataset:
     """Load a dataset by name.
 
-    ``"movielens-small"`` and ``"lastfm-2k"`` are read from ``path``, else from their folder under the one the
-    environment variable ``MMLLMREC_DATA`` names. Raises ``DataError`` when the data is not there, with the one sentence
-    on how to get it.
+    ``"atelier"`` and ``"atelier-b"`` are built in. ``"movielens-small"`` and ``"lastfm-2k"`` are read from ``path``,
+    else from their folder under the one the environment variable ``MMLLMREC_DATA`` names. Raises ``DataError`` when the
+    data is not there, with the one sentence on how to get it.
     """
+    if name in ("atelier", "atelier-b"):
+        from mmllmrec.data.atelier import atelier
+
+        return atelier(name, **options)
     from mmllmrec.data import sources
 
     if name not in sources.READERS:
-        raise DataError(f"unknown dataset {name!r}; known are {list(sources.READERS)}")
+        raise DataError(f"unknown dataset {name!r}; known are {['atelier', 'atelier-b', *sources.READERS]}")
     reader = sources.READERS[name]
     return reader.read(find(name, path, folder=reader.FOLDER, get=reader.GET), **options)
 

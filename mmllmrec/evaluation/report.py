@@ -1,0 +1,232 @@
+"""evaluate(): every system on every row of a split, with floors, ceiling, intervals and tests; and the Report of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.floors import Popularity, Random
+from mmllmrec.evaluation.metrics import METRICS
+from mmllmrec.evaluation.protocols import harmonic, rankings, seen_matrix
+from mmllmrec.evaluation.ranking import name_of
+from mmllmrec.evaluation.significance import holm, interval, paired_bootstrap
+from mmllmrec.runcard import RunCard, write_atomically, write_json
+
+HARMONIC = "harmonic mean"
+
+
+def scorer_of(system: Any) -> Any:
+    """What scores: a fitted run's model, or the scorer itself. Raises ``DataError`` for anything else."""
+    for candidate in (system, getattr(system, "model", None)):
+        if hasattr(candidate, "embed") or hasattr(candidate, "score"):
+            return candidate
+    raise DataError(f"{system!r} is neither a fitted run nor a scorer: it needs embed() or score(users)")
+
+
+def evaluate(
+    system: Any,
+    split: Split,
+    *,
+    against: Sequence[Any] = (),
+    on: str = "valid",
+    mask: str = "train+valid",
+    ks: tuple[int, ...] = (5, 10, 20, 50),
+    floors: bool = True,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Rank the whole catalogue for every user, for ``system``, those ``against`` it, the floors, and the oracle.
+
+    ``on="test"`` opens the sealed part, and the card says how often that has been done; choose on ``"valid"``. At test,
+    train and validation positives are masked (``mask="train"``: train's alone). A planted dataset brings its oracle.
+    ``folder`` saves the report. Raises ``DataError`` when two systems share a name.
+    """
+    began = time.perf_counter()
+    seen = seen_matrix(split, on=on, mask=mask)
+    target = split.open_test() if on == "test" else split.valid
+    systems = [system, *against]
+    if floors:
+        systems += [Random(split.train, seed=seed), Popularity(split.train)]
+    if hasattr(split.data, "oracle"):
+        systems.append(split.data.oracle())
+    names = [name_of(s) for s in systems]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise DataError(f"two systems are called {twice[0]!r}: give one another name (its .name)")
+    values: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    users: dict[str, np.ndarray] = {}
+    for one, name in zip(systems, names, strict=True):
+        found = rankings(scorer_of(one), split, target, seen=seen, k=max(ks), seed=seed)
+        for row, ranking in found.items():
+            values[name, row] = {f"{m}@{k}": ranking.per_user(f"{m}@{k}") for m in METRICS for k in ks}
+            users[row] = ranking.users
+    card = RunCard(
+        kind="evaluate",
+        name=names[0],
+        seed=seed,
+        data=split.data.name,
+        split=split.describe(),
+        model={n: getattr(getattr(s, "card", None), "model", {}) for n, s in zip(names, systems, strict=True)},
+        settings={"on": on, "mask": mask if on == "test" else "train", "ks": list(ks)},
+        seconds=round(time.perf_counter() - began, 3),
+        test_opened=split.test_opened,
+    )
+    about = {n: _about(s) for n, s in zip(names, systems, strict=True)}
+    report = Report(names, values, users, about, card)
+    if folder is not None:
+        report.save(folder)
+    return report
+
+
+def _about(system: Any) -> dict[str, Any]:
+    card = getattr(system, "card", None)
+    return {
+        "loss": getattr(scorer_of(system), "loss_name", "-"),
+        "trained": card.trainable_parameters if card is not None else 0,
+        "seconds": card.seconds if card is not None else 0.0,
+    }
+
+
+class Report:
+    """Per-user values of all systems on all rows, and tables, plots and tests of them."""
+
+    def __init__(
+        self,
+        names: list[str],
+        values: dict[tuple[str, str], dict[str, np.ndarray]],
+        users: dict[str, np.ndarray],
+        about: dict[str, dict[str, Any]],
+        card: RunCard,
+    ):
+        self.names, self.values, self.users, self.about, self.card = names, values, users, about, card
+        self.path: Path | None = None
+        card.metrics = {
+            f"{system} | {row} | {metric}": [self.mean(system, row, metric), *interval(v)]
+            for (system, row), metrics in values.items()
+            for metric, v in metrics.items()
+            if len(v) > 1
+        }
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows of the split: all, and where it has them warm, cold, cold only, cold users."""
+        return list(self.users)
+
+    def per_user(self, system: str, row: str = "all", metric: str = "ndcg@20") -> np.ndarray:
+        """A metric of each ranked user, (n,); ``users[row]`` says whose."""
+        return self.values[system, row][metric]
+
+    def mean(self, system: str, row: str = "all", metric: str = "ndcg@20") -> float:
+        """The mean over users; ``row`` may be ``"harmonic mean"`` (of warm and cold)."""
+        if row == HARMONIC:
+            return harmonic(self.mean(system, "warm", metric), self.mean(system, "cold", metric))
+        return float(self.values[system, row][metric].mean())
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """Everything, one row a (system, row, metric): mean, 95% interval, number of users."""
+        rows = [
+            {
+                "system": s,
+                "row": r,
+                "metric": m,
+                "mean": v.mean(),
+                **dict(zip(("low", "high"), interval(v), strict=True)),
+                "users": len(v),
+            }
+            for (s, r), metrics in self.values.items()
+            for m, v in metrics.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def table(self, metric: str = "ndcg@20") -> pd.DataFrame:
+        """One line a system: mean +- half of the 95% interval on each row, share of the oracle, loss, cost."""
+        lines = []
+        for name in self.names:
+            line: dict[str, Any] = {"system": name, "loss": self.about[name]["loss"]}
+            for row in self.rows:
+                values = self.per_user(name, row, metric)
+                low, high = interval(values)
+                line[row] = f"{values.mean():.4f} ±{(high - low) / 2:.4f}"
+            if "warm" in self.rows and "cold" in self.rows:
+                line[HARMONIC] = f"{self.mean(name, HARMONIC, metric):.4f}"
+            if "Oracle" in self.names:
+                for row in self.rows:
+                    ceiling = self.mean("Oracle", row, metric)
+                    line[f"{row}, of oracle"] = f"{self.mean(name, row, metric) / ceiling:.0%}" if ceiling > 0 else "-"
+            line["trained parameters"] = f"{self.about[name]['trained']:,}"
+            line["fit seconds"] = f"{self.about[name]['seconds']:.0f}"
+            lines.append(line)
+        return pd.DataFrame(lines).set_index("system")
+
+    def compare(self, a: str | None = None, *, metric: str = "ndcg@20", row: str = "all") -> pd.DataFrame:
+        """``a`` (the first system) less each other: difference, paired-bootstrap 95% interval, p, Holm-corrected p."""
+        first = a or self.names[0]
+        lines = []
+        for other in self.names:
+            if other == first:
+                continue
+            x, y = self.per_user(first, row, metric), self.per_user(other, row, metric)
+            low, high, p = paired_bootstrap(x, y)
+            lines.append({"against": other, "difference": x.mean() - y.mean(), "low": low, "high": high, "p": p})
+        frame = pd.DataFrame(lines).set_index("against")
+        frame["p (Holm)"] = holm(frame["p"].to_numpy())
+        return frame
+
+    def plot(self, metric: str = "ndcg@20") -> Any:
+        """Bars of a metric with 95% intervals, a panel a row; a dashed line is the oracle. Returns the figure."""
+        import matplotlib.pyplot as plt
+
+        systems = [n for n in self.names if n != "Oracle"]
+        figure, axes = plt.subplots(1, len(self.rows), figsize=(3.2 * len(self.rows), 0.45 * len(systems) + 1.4))
+        for axis, row in zip(np.atleast_1d(axes), self.rows, strict=True):
+            means = np.array([self.mean(n, row, metric) for n in systems])
+            half = np.array([np.subtract(*interval(self.per_user(n, row, metric))[::-1]) / 2 for n in systems])
+            axis.barh(range(len(systems)), means, xerr=half, color=["#2a6f97", *["#a9bcd0"] * (len(systems) - 1)])
+            axis.set_yticks(range(len(systems)), systems if axis is np.atleast_1d(axes)[0] else [""] * len(systems))
+            axis.invert_yaxis()
+            if "Oracle" in self.names:
+                axis.axvline(self.mean("Oracle", row, metric), color="#333", linestyle="--", linewidth=1)
+            axis.set_title(row, fontsize=10)
+            axis.set_xlabel(metric)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        return figure
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``card.json``, ``table.txt`` and the per-user values to ``folder``, at once; returns the card's path."""
+
+        def write(beside: Path) -> None:
+            beside.mkdir()
+            write_json(beside / "card.json", self.card.as_dict())
+            (beside / "table.txt").write_text(str(self) + "\n", encoding="utf-8")
+            tensors = {f"{s}/{r}/{m}": torch.from_numpy(v) for (s, r), x in self.values.items() for m, v in x.items()}
+            save_file(
+                tensors | {f"users/{r}": torch.from_numpy(u) for r, u in self.users.items()},
+                beside / "users.safetensors",
+            )
+
+        self.path = write_atomically(folder, write) / "card.json"
+        return self.path
+
+    def __str__(self) -> str:
+        with pd.option_context("display.width", 250, "display.max_columns", 30):
+            return f"{self._heading()}\n{self.table()}"
+
+    def _heading(self) -> str:
+        s = self.card
+        where = f", card {self.path}" if self.path else ""
+        return f"ndcg@20 on {s.settings['on']} of {s.split['name']}({s.data}), test opened {s.test_opened}x{where}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self._heading()}</p>" + self.table().to_html()
