@@ -135,19 +135,12 @@ class Report:
     @property
     def frame(self) -> pd.DataFrame:
         """Everything, one row a (system, row, metric): mean, 95% interval, number of users."""
-        rows = [
-            {
-                "system": s,
-                "row": r,
-                "metric": m,
-                "mean": v.mean(),
-                **dict(zip(("low", "high"), interval(v), strict=True)),
-                "users": len(v),
-            }
-            for (s, r), metrics in self.values.items()
-            for m, v in metrics.items()
-        ]
-        return pd.DataFrame(rows)
+        rows = []
+        for (system, row), metrics in self.values.items():
+            for metric, v in metrics.items():
+                low, high = interval(v)
+                rows.append([system, row, metric, v.mean(), low, high, len(v)])
+        return pd.DataFrame(rows, columns=["system", "row", "metric", "mean", "low", "high", "users"])
 
     def table(self, metric: str = "ndcg@20") -> pd.DataFrame:
         """One line a system: mean +- half of the 95% interval on each row, share of the oracle, loss, cost."""
@@ -204,17 +197,15 @@ class Report:
         return figure
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``card.json``, ``table.txt`` and the per-user values to ``folder``, at once; returns the card's path."""
+        """Write ``card.json``, ``table.txt`` and the per-user values to ``folder``, at once; the card's path."""
 
         def write(beside: Path) -> None:
             beside.mkdir()
             write_json(beside / "card.json", self.card.as_dict())
             (beside / "table.txt").write_text(str(self) + "\n", encoding="utf-8")
             tensors = {f"{s}/{r}/{m}": torch.from_numpy(v) for (s, r), x in self.values.items() for m, v in x.items()}
-            save_file(
-                tensors | {f"users/{r}": torch.from_numpy(u) for r, u in self.users.items()},
-                beside / "users.safetensors",
-            )
+            tensors |= {f"users/{r}": torch.from_numpy(u) for r, u in self.users.items()}
+            save_file(tensors, beside / "users.safetensors")
 
         self.path = write_atomically(folder, write) / "card.json"
         return self.path

@@ -1,0 +1,320 @@
+"""The comparisons a user runs: the same systems, split and evaluator over several seeds, a run card for each number.
+
+A bench goes on where it was cut off: a seed whose report is in the folder is read, not run, and a model that was being
+fitted goes on from its checkpoint. Legend: U users, I items, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmllmrec.data import splits
+from mmllmrec.data.dataset import RecDataset, load_dataset
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.data.splits import Split
+from mmllmrec.runcard import RunCard, content_hash
+from mmllmrec.seed import generator, seed_everything
+
+METRICS = ("ndcg@20", "recall@20", "ndcg@10", "recall@10")  # what a summary holds; a seed's own card has all
+CLASSICAL = {"epochs": 200, "batch_size": 2048, "lr": 5e-3, "patience": 20}  # of the trained baselines
+PARITY = {"epochs": 1000, "batch_size": 2048, "lr": 1e-3, "patience": 20, "monitor": "recall@20"}  # as the peer's
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A system of a bench: how it is built from a split, and the keywords of ``fit``."""
+
+    name: str
+    build: Callable[[Split], Any]
+    settings: dict[str, Any]
+
+
+@dataclass
+class Summary:
+    """Mean and standard deviation over seeds: ``frame`` has a row a (system, row, metric), ``path`` is its run card."""
+
+    title: str
+    frame: pd.DataFrame
+    path: Path
+
+    def table(self, metric: str = "ndcg@20") -> pd.DataFrame:
+        """A line a system, a column a row of the split, and the share of the oracle where there is one."""
+        part = self.frame[self.frame["metric"] == metric]
+        lines: dict[str, dict[str, str]] = {}
+        for one in part.to_dict("records"):
+            line = lines.setdefault(one["system"], {})
+            line[one["row"]] = f"{one['mean']:.4f}" + (f" ±{one['std']:.4f}" if one["std"] is not None else "")
+            if one["of oracle"] is not None:
+                line[f"{one['row']}, of oracle"] = f"{one['of oracle']:.0%}"
+        return pd.DataFrame.from_dict(lines, orient="index").fillna("-").rename_axis("system")
+
+    def __str__(self) -> str:
+        heading = f"{self.title}\n"
+        tables = [f"{metric}\n{self.table(metric).to_string()}" for metric in METRICS[:2]]
+        return heading + "\n".join(tables) + f"\nrun card: {self.path}"
+
+
+def model_of(name: str, split: Split, *, preset: str = "nano") -> Any:
+    """A model by its class's name, built for a split with its own defaults; ``preset`` is Unified's.
+
+    Raises ``DataError`` with the list of models for a name that is none.
+    """
+    from mmllmrec import models
+
+    known = models.classes()
+    kind = {k.lower(): v for k, v in known.items()}.get(name.lower())
+    if kind is None:
+        raise DataError(f"unknown model {name!r}; models are {sorted(known)}")
+    if kind.__name__ == "Unified":
+        return kind.from_preset(preset, data=split.train, catalog=split.catalog)  # type: ignore[attr-defined]
+    content = {"catalog": split.catalog} if kind.__name__ == "VBPR" else {}
+    return kind(split.train, **content)
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """The keywords of ``fit`` that a model asks for (``fit_defaults``); the classical ones otherwise."""
+    return dict(getattr(model, "fit_defaults", CLASSICAL)) if model.trainable else {}
+
+
+def entry(name: str, *, preset: str = "nano") -> Entry:
+    """A system under its own defaults."""
+    from mmllmrec import models
+
+    settings = settings_of(models.classes()[name])
+    return Entry(name, lambda split: model_of(name, split, preset=preset), settings)
+
+
+def run_seed(
+    split: Split,
+    entries: Sequence[Entry],
+    *,
+    seed: int,
+    folder: Path,
+    mask: str = "train+valid",
+    quick: int | None = None,
+) -> RunCard:
+    """Fit and test every entry on one split under one seed; the report's card. The last entry is the report's first
+    system, which the others stand against. ``quick`` bounds the epochs (smoke tests)."""
+    from mmllmrec.evaluation.report import evaluate
+    from mmllmrec.training.fit import fit
+
+    asked = {e.name: e.settings | ({"epochs": quick} if quick and e.settings else {}) for e in entries}
+    key = content_hash(asked, split.hash, mask, seed)
+    card_path = folder / "report" / "card.json"
+    if card_path.is_file():
+        card = RunCard.load(card_path)
+        if card.settings.get("bench") != key:
+            raise DataError(f"{folder / 'report'} is of other settings or data: pass another folder, or remove it")
+        return card
+    runs = []
+    for one in entries:
+        # weights are drawn at building: a model must not depend on which others were built before it
+        seed_everything(seed)
+        runs.append(fit(one.build(split), split, seed=seed, folder=folder / one.name, **asked[one.name]))
+    report = evaluate(runs[-1], split, against=runs[:-1], on="test", mask=mask, seed=seed)
+    report.card.settings |= {"bench": key, "fit": asked}
+    report.save(folder / "report")
+    return report.card
+
+
+def summarise(name: str, cards: Sequence[RunCard], folder: Path) -> Summary:
+    """Mean and standard deviation (n - 1) over seeds of every system, row and metric of METRICS; written as
+    ``card.json`` and ``table.txt``."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for card in cards:
+        for key, (mean, *_) in card.metrics.items():
+            system, row, metric = key.split(" | ")
+            if metric in METRICS:
+                found.setdefault((system, row, metric), []).append(mean)
+    lines = []
+    for (system, row, metric), values in found.items():
+        ceiling = found.get(("Oracle", row, metric))
+        share = None
+        if ceiling is not None and min(ceiling) > 0:
+            share = statistics.mean(v / c for v, c in zip(values, ceiling, strict=True))
+        std = statistics.stdev(values) if len(values) > 1 else None
+        lines.append((system, row, metric, statistics.mean(values), std, share, len(values)))
+    columns = ["system", "row", "metric", "mean", "std", "of oracle", "seeds"]
+    frame = pd.DataFrame(lines, columns=columns)
+    frame[["std", "of oracle"]] = (
+        frame[["std", "of oracle"]].astype(object).where(frame[["std", "of oracle"]].notna(), None)
+    )
+    card = RunCard(
+        kind="bench",
+        name=name,
+        data=cards[0].data,
+        split={k: v for k, v in cards[0].split.items() if k not in ("hash", "seed")},
+        settings={"seeds": [c.seed for c in cards], "cards": [f"seed{c.seed}/report/card.json" for c in cards]},
+        metrics={f"{s} | {r} | {m}": [mean, std] for s, r, m, mean, std, _, _ in lines},
+        seconds=sum(c.seconds for c in cards),
+        test_opened=max(c.test_opened for c in cards),
+    )
+    summary = Summary(f"{name}: mean ± std over {len(cards)} seeds", frame, card.save(folder / "card.json"))
+    (folder / "table.txt").write_text(f"{summary}\n", encoding="utf-8")
+    return summary
+
+
+def _bench(
+    name: str,
+    make: Callable[[int], Split],
+    entries: Sequence[Entry],
+    *,
+    seeds: int,
+    folder: Path,
+    mask: str = "train+valid",
+    quick: int | None = None,
+) -> Summary:
+    if seeds < 1:
+        raise DataError(f"seeds={seeds}: run at least one")
+    cards = [
+        run_seed(make(s), entries, seed=s, folder=folder / f"seed{s}", mask=mask, quick=quick) for s in range(seeds)
+    ]
+    return summarise(name, cards, folder)
+
+
+def quickstart(
+    *,
+    seeds: int = 3,
+    folder: str | os.PathLike[str] = "runs/quickstart",
+    data: RecDataset | None = None,
+    systems: Sequence[str] = ("LightGCN", "VBPR", "Unified"),
+    quick: int | None = None,
+) -> Summary:
+    """The quickstart's table over seeds: Atelier, cold items held out, floors and oracle beside ``systems``."""
+    data = data or load_dataset("atelier")
+    entries = [entry(s) for s in systems]
+    return _bench(
+        "quickstart", lambda s: splits.cold_items(data, seed=s), entries, seeds=seeds, folder=Path(folder), quick=quick
+    )
+
+
+def movielens(
+    *,
+    seeds: int = 3,
+    folder: str | os.PathLike[str] = "runs/movielens",
+    path: str | os.PathLike[str] | None = None,
+    systems: Sequence[str] = ("LightGCN", "VBPR", "Unified"),
+    quick: int | None = None,
+) -> list[Summary]:
+    """Real posters and words, random-per-user and cold-items splits; Unified reads with ``minilm``."""
+    data = load_dataset("movielens-small", path)
+    entries = [entry(s, preset="minilm") for s in systems]
+
+    def one(kind: Callable[..., Split]) -> Summary:
+        name = f"movielens {kind.__name__}"
+        place = Path(folder) / kind.__name__
+        return _bench(name, lambda s: kind(data, seed=s), entries, seeds=seeds, folder=place, quick=quick)
+
+    return [one(splits.random_per_user), one(splits.cold_items)]
+
+
+def lastfm(
+    *,
+    seeds: int = 3,
+    folder: str | os.PathLike[str] = "runs/lastfm",
+    path: str | os.PathLike[str] | None = None,
+    peer: str | os.PathLike[str] | None = None,
+    quick: int | None = None,
+) -> tuple[Summary, pd.DataFrame]:
+    """BPR-MF, LightGCN and VBPR under the MMRec family's protocol: the given split, training items alone masked, the
+    best epoch by validation recall@20. VBPR reads ``vggish`` and ``all-MiniLM-L6-v2`` as they are.
+
+    ``peer`` is a CSV with columns system, hyper_parameters (JSON), test_recall@20 and test_ndcg@20; the frame sets its
+    means of the same hyper-parameters beside ours, relative difference included (empty without it).
+    """
+    from mmllmrec.features.table import FeatureTable
+    from mmllmrec.models import BPR, VBPR, LightGCN
+
+    data = load_dataset("lastfm-2k", path)
+    names = ("vggish", "all-MiniLM-L6-v2")
+    absent = [n for n in names if n not in data.catalog.modalities]
+    if absent:
+        raise DataError(f"{data.name}: feature file {absent[0]}.npy is missing; VBPR reads {list(names)}")
+    here = np.stack([data.catalog.present(n) for n in names], axis=1)
+    features = FeatureTable({n: data.catalog.signal(n) for n in names}, here)
+    entries = [
+        Entry("BPR", lambda split: BPR(split.train, dim=64, reg=0.1), PARITY),
+        Entry("LightGCN", lambda split: LightGCN(split.train, dim=64, layers=2, reg=1e-4), PARITY),
+        Entry("VBPR", lambda split: VBPR(split.train, features=features, dim=64, reg=0.1), PARITY),
+    ]
+    summary = _bench(
+        "lastfm", lambda s: splits.given(data), entries, seeds=seeds, folder=Path(folder), mask="train", quick=quick
+    )
+    return summary, beside(summary, peer) if peer is not None else pd.DataFrame()
+
+
+def beside(summary: Summary, peer: str | os.PathLike[str]) -> pd.DataFrame:
+    """Ours, the peer's and the relative difference, a row a (system, metric)."""
+    theirs = pd.read_csv(peer)
+    same = {"BPR": {"reg_weight": 0.1}, "LightGCN": {"n_layers": 2, "reg_weight": 1e-4}, "VBPR": {"reg_weight": 0.1}}
+    ours = summary.frame[summary.frame["row"] == "all"].set_index(["system", "metric"])["mean"]
+    lines = []
+    for system, asked in same.items():
+        rows = theirs[(theirs["system"] == system) & (theirs["hyper_parameters"].map(json.loads) == asked)]
+        for metric in ("recall@20", "ndcg@20"):
+            reference = float(rows[f"test_{metric}"].mean())
+            value = float(ours[system, metric])
+            lines.append((system, metric, value, reference, value / reference - 1, len(rows)))
+    return pd.DataFrame(lines, columns=["system", "metric", "ours", "peer", "difference", "peer seeds"])
+
+
+def eval_speed(
+    *, users: int = 19_445, items: int = 7_050, events: int = 118_551, dim: int = 64, k: int = 50, repeats: int = 5
+) -> pd.DataFrame:
+    """Users ranked and measured per second beside the bare matrix product and top-k of the same shapes, medians of
+    ``repeats``; the last column is our time over that floor."""
+    import torch
+
+    from mmllmrec.evaluation.metrics import METRICS as ALL
+    from mmllmrec.evaluation.ranking import rank
+
+    rng = generator(0, "eval_speed")
+    key = np.sort(rng.choice(users * items, size=events + users, replace=False))
+    ids = IdMap(range(users), what="user id"), IdMap(range(items), what="item id")
+    every = Interactions(key // items, key % items, None, *ids)
+    held = rng.permutation(len(every)) < users
+    seen, positives = every.select(~held).csr, every.select(held)
+    ranked = np.unique(positives.users)
+    u = torch.from_numpy(rng.normal(size=(users, dim)).astype(np.float32))
+    i = torch.from_numpy(rng.normal(size=(items, dim)).astype(np.float32))
+
+    class Fixed:
+        name = "fixed"
+
+        def embed(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return u, i
+
+    def ours() -> None:
+        ranking = rank(Fixed(), positives, seen=seen, k=k)
+        for metric in ALL:
+            ranking.per_user(f"{metric}@{k}")
+
+    def floor() -> None:
+        for block in torch.from_numpy(ranked).split(2048):
+            (u[block] @ i.T).topk(k, dim=1)
+
+    times = {"evaluator": _median(ours, repeats), "matrix product and top-k": _median(floor, repeats)}
+    base = times["matrix product and top-k"]
+    lines = [(name, t, round(len(ranked) / t), round(t / base, 2)) for name, t in times.items()]
+    return pd.DataFrame(lines, columns=["what", "seconds", "users per second", "over the floor"])
+
+
+def _median(work: Callable[[], None], repeats: int) -> float:
+    """Median wall-clock seconds after one call to warm up."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)

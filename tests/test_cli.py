@@ -1,0 +1,38 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+
+def call(*arguments):
+    return subprocess.run([sys.executable, "-m", "mmllmrec.cli", *arguments], capture_output=True, text=True)
+
+
+def test_bad_input_is_one_line_and_exit_code_2():
+    result = call("data", "info", "nope")
+    assert result.returncode == 2 and result.stderr.startswith("error: unknown dataset 'nope'")
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in call("--debug", "data", "info", "nope").stderr
+
+
+def test_help_teaches():
+    result = call("--help")
+    assert result.returncode == 0 and "bench" in result.stdout and "data" in result.stdout
+
+
+def test_info_of_the_planted_world():
+    result = call("data", "info", "atelier-b")
+    assert result.returncode == 0 and "1,200 users, 1,500 items" in result.stdout and "sensor: present" in result.stdout
+
+
+def test_import_is_light():
+    heavy = ["torch", "transformers", "datasets", "pandas", "matplotlib", "accelerate", "open_clip", "peft"]
+    code = f"import sys, json, mmllmrec; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) == []
+
+
+def test_every_public_name_is_there():
+    import mmllmrec as mm
+
+    assert [name for name in mm.__all__ if getattr(mm, name, None) is None] == []
