@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
-from mmllmrec.evaluation.floors import Popularity, Random
+from mmllmrec.evaluation.floors import ContentKNN, Popularity, Random
 from mmllmrec.evaluation.metrics import METRICS
 from mmllmrec.evaluation.protocols import harmonic, rankings, seen_matrix
 from mmllmrec.evaluation.ranking import name_of
@@ -57,6 +57,8 @@ def evaluate(
     systems = [system, *against]
     if floors:
         systems += [Random(split.train, seed=seed), Popularity(split.train)]
+        if split.catalog.modalities:
+            systems.append(ContentKNN(split.train, catalog=split.catalog))
     if hasattr(split.data, "oracle"):
         systems.append(split.data.oracle())
     names = [name_of(s) for s in systems]
