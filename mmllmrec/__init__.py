@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmllmrec.evaluation.report import Report, evaluate
     from mmllmrec.runcard import RunCard
     from mmllmrec.seed import seed_everything
+    from mmllmrec.serving.recommend import recommend
     from mmllmrec.training.fit import Run, fit
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _WHERE = {
     "load_dataset": "data.dataset",
     "evaluate": "evaluation.report",
     "Report": "evaluation.report",
+    "recommend": "serving.recommend",
     "fit": "training.fit",
     "Run": "training.fit",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "load_dataset",
     "losses",
     "models",
+    "recommend",
     "sampling",
     "seed_everything",
     "splits",

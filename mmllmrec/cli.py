@@ -1,87 +1,342 @@
-"""The command line: arguments in, one call, a table out."""
+"""The command line: arguments in, one call, a table out. Exit codes: 0 done, 1 failed, 2 wrong usage or bad input."""
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
-    help="Multimodal recommendation: planted and real data, baselines, and one CLIP-plus-LLM model.",
+    name="mmllmrec",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Multimodal recommendation: one CLIP-plus-LLM backbone beside the field's baselines.\n\n"
+    "[bold]Start here[/bold]  mmllmrec demo\n\n"
+    "[bold]Your own run[/bold]  mmllmrec train LightGCN --data atelier --split cold_items --folder runs/first, then "
+    "mmllmrec evaluate runs/first and mmllmrec recommend runs/first u17",
 )
-bench_app = typer.Typer(help="Comparisons over seeds, resumable; each writes run cards.", no_args_is_help=True)
-data_app = typer.Typer(help="Look at a dataset.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset, or check one of your own.")
+bench_app = typer.Typer(no_args_is_help=True, help="The comparisons of the README, with a run card for each number.")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
-Folder = Annotated[Path, typer.Option(help="Where reports and checkpoints go; a second call goes on from there.")]
-DataPath = Annotated[Path | None, typer.Option(help="Folder of the data; default: below $MMLLMREC_DATA.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Data = Annotated[str, typer.Option("--data", help="atelier, atelier-b, movielens-small, lastfm-2k")]
+At = Annotated[Path | None, typer.Option("--path", help="the dataset's folder; otherwise found under MMLLMREC_DATA")]
+Kind = Annotated[
+    str, typer.Option("--split", help="random_per_user, leave_last, temporal, cold_items, cold_users, given")
+]
+Seed = Annotated[int, typer.Option(help="of the split, the weights and the batches")]
+Seeds = Annotated[int, typer.Option(min=1, help="how many seeds, from 0")]
+Folder = Annotated[Path, typer.Option("--folder", help="where cards and checkpoints go; a run cut off goes on from it")]
 
 
 @app.callback()
-def settings(debug: Debug = False) -> None:
-    """Examples: [bold]mmllmrec data info atelier[/bold], [bold]mmllmrec bench lastfm --seeds 3[/bold]."""
+def _options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    pass  # --debug is read by main(), which catches what commands raise
+
+
+def _show(frame: Any, title: str = "") -> None:
+    """A data frame as a table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    frame = frame.reset_index() if frame.index.name else frame
+    table = Table(title=title or None, title_justify="left")
+    for name in frame.columns:
+        table.add_column(str(name))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+    # a pipe has no width of its own, and a table cut to 80 columns cannot be read by the next program
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+
+
+def _split(data: str, path: Path | None, kind: str, seed: int) -> Any:
+    from mmllmrec.data.dataset import load_dataset
+    from mmllmrec.data.interactions import DataError
+    from mmllmrec.data.splits import SPLITS
+
+    if kind not in SPLITS:
+        raise DataError(f"unknown split {kind!r}; splits are {sorted(SPLITS)}")
+    options = {} if kind in ("given", "temporal") else {"seed": seed}
+    return SPLITS[kind](load_dataset(data, path), **options)
+
+
+# -- notebooks -------------------------------------------------------------------------------------------------------
+
+
+def execute(notebook: Path, *, smoke: bool = False, save: Path | None = None) -> Any:
+    """Run a notebook's cells in order, each announced on the terminal; the executed notebook.
+
+    It runs in its folder's parent, so that ``runs/`` and ``build/`` are those of the clone. ``smoke`` sets
+    MMLLMREC_SMOKE=1 for the kernel, ``save`` is where the outputs are written.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(notebook, as_version=4)
+    cells = [n for n, c in enumerate(book.cells) if c.cell_type == "code"]
+    began = time.perf_counter()
+
+    def announce(cell: Any, cell_index: int) -> None:
+        if cell_index in cells:
+            first = next((line for line in cell.source.splitlines() if line.strip()), "")
+            number = cells.index(cell_index) + 1
+            print(f"{time.perf_counter() - began:6.1f}s  cell {number}/{len(cells)}  {first[:80]}", flush=True)
+
+    env = os.environ | ({"MMLLMREC_SMOKE": "1"} if smoke else {})
+    where = {"metadata": {"path": str(notebook.resolve().parent.parent)}}
+    client = NotebookClient(book, timeout=None, kernel_name="python3", resources=where, on_cell_start=announce)
+    client.execute(env=env)
+    print(f"{time.perf_counter() - began:6.1f}s  {notebook.name} done", flush=True)
+    if save is not None:
+        nbformat.write(book, save)
+    return book
+
+
+def _notebooks() -> Path:
+    place = Path("notebooks")
+    if not (place / "00_quickstart.ipynb").is_file():
+        raise FileNotFoundError("notebooks/00_quickstart.ipynb is not here: run this at the top of a clone")
+    return place
+
+
+@app.command()
+def demo() -> None:
+    """The quickstart, from nothing to a table: runs notebooks/00_quickstart.ipynb, writes build/quickstart.html.
+
+    Example: [bold]mmllmrec demo[/bold]
+    """
+    from nbconvert import HTMLExporter
+
+    book = execute(_notebooks() / "00_quickstart.ipynb")
+    page = Path("build/quickstart.html")
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(HTMLExporter().from_notebook_node(book)[0], encoding="utf-8")
+    report = Path("build/quickstart/report")
+    print(f"\n{(report / 'table.txt').read_text(encoding='utf-8')}\npage: {page}\nrun card: {report / 'card.json'}")
+
+
+@app.command()
+def notebooks(
+    smoke: Annotated[bool, typer.Option("--smoke", help="tiny sizes, outputs thrown away")] = False,
+) -> None:
+    """Run every notebook in full and keep its outputs in place.
+
+    Example: [bold]mmllmrec notebooks --smoke[/bold]
+    """
+    for book in sorted(_notebooks().glob("*.ipynb")):
+        execute(book, smoke=smoke, save=None if smoke else book)
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
 
 
 @data_app.command("info")
-def data_info(name: str, path: DataPath = None) -> None:
-    """Sizes, modalities and what is missing. Example: mmllmrec data info movielens-small --path DIR"""
+def data_info(name: Annotated[str, typer.Argument(help="a dataset's name")], path: At = None) -> None:
+    """What a dataset holds: users, items, events, and which share of items has each modality.
+
+    Example: [bold]mmllmrec data info atelier[/bold]
+    """
+    import pandas as pd
+
     from mmllmrec.data.dataset import load_dataset
 
     data = load_dataset(name, path)
     x = data.interactions
-    typer.echo(f"{data.name}: {x.n_users:,} users, {x.n_items:,} items, {len(x):,} events ({data.about})")
-    for modality in data.catalog.modalities:
-        typer.echo(f"  {modality}: present for {data.catalog.present(modality).mean():.1%} of the items")
+    rows: list[tuple[str, str]] = [("users", f"{x.n_users:,}"), ("items", f"{x.n_items:,}"), ("events", f"{len(x):,}")]
+    rows.append(("density", f"{len(x) / max(x.n_users * x.n_items, 1):.3%}"))
+    rows.append(("events a user, median", f"{int(pd.Series(x.user_counts).median())}"))
+    rows.append(("timestamps", "yes" if x.times is not None else "no"))
+    rows += [(f"items with {m}", f"{data.catalog.present(m).mean():.1%}") for m in data.catalog.modalities]
+    rows += [(k, str(v)) for k, v in data.about.items()]
+    _show(pd.DataFrame(rows, columns=["what", "value"]), data.name)
 
 
-@bench_app.command("quickstart")
-def bench_quickstart(seeds: int = 3, world: str = "atelier", folder: Folder = Path("runs")) -> None:
-    """Floors, LightGCN, Unified and the oracle on Atelier, cold items held out."""
+@data_app.command("check")
+def data_check(name: Annotated[str, typer.Argument(help="a dataset's name")], path: At = None) -> None:
+    """Read a dataset whole, every picture included; the first thing wrong is named, with the file and the row.
+
+    Example: [bold]mmllmrec data check movielens-small --path ~/data/movielens-small-posters[/bold]
+    """
+    from mmllmrec.data.dataset import load_dataset
+
+    data = load_dataset(name, path)
+    catalog = data.catalog
+    pictures = catalog.present("image").nonzero()[0]
+    for item in pictures:
+        catalog.image(int(item))
+    for modality in catalog.modalities:
+        if modality not in ("image", "text"):
+            catalog.signal(modality)
+    print(
+        f"{data.name}: {len(data.interactions):,} events, {len(catalog):,} items, {len(pictures):,} pictures read: good"
+    )
+
+
+# -- a model's life --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="ItemKNN, EASE, BPR, VBPR, LightGCN or Unified")],
+    data: Data = "atelier",
+    path: At = None,
+    split: Kind = "random_per_user",
+    epochs: Annotated[int | None, typer.Option(min=1, help="the model's own where not given")] = None,
+    seed: Seed = 0,
+    preset: Annotated[str, typer.Option(help="Unified's towers: nano, minilm or base")] = "nano",
+    folder: Folder = Path("runs/first"),
+) -> None:
+    """Train a model, choose its best epoch on validation, save it and its run card.
+
+    Example: [bold]mmllmrec train LightGCN --data atelier --split cold_items --epochs 20 --folder runs/first[/bold]
+    """
     from mmllmrec import bench
+    from mmllmrec.seed import seed_everything
+    from mmllmrec.training.fit import fit
 
-    frame = bench.quickstart(folder, seeds=seeds, world=world)
-    for metric in ("ndcg@20", "recall@20"):
-        typer.echo(bench.readable(frame, metric).to_string())
-    typer.echo(f"run cards: {folder / f'quickstart-{world}'}")
+    parts = _split(data, path, split, seed)
+    seed_everything(seed)
+    built = bench.model_of(model, parts, preset=preset)
+    settings = bench.settings_of(built) | ({"epochs": epochs} if epochs and built.trainable else {})
+    run = fit(built, parts, seed=seed, folder=folder / "fit", **settings)
+    run.model.save_pretrained(folder / "model")
+    path_of_card = run.card.save(folder / "card.json")
+    print(f"{run!r}, {run.seconds:.1f} s\nmodel: {folder / 'model'}\nrun card: {path_of_card}")
 
 
-@bench_app.command("lastfm")
-def bench_lastfm(seeds: int = 3, path: DataPath = None, folder: Folder = Path("runs")) -> None:
-    """BPR, LightGCN and VBPR on Last.fm 2K under the MMRec family's protocol."""
-    from mmllmrec import bench
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="the folder given to train")],
+    data: Data = "",
+    path: At = None,
+    split: Kind = "",
+    seed: Annotated[int | None, typer.Option(help="of the split; the run card's where not given")] = None,
+    on: Annotated[str, typer.Option(help="valid, or test once the choices are made")] = "valid",
+) -> None:
+    """Rank the whole catalogue for every user and print the table, floors beside it; data and split are the run card's.
 
-    frame = bench.lastfm(folder, seeds=seeds, path=path)
-    for metric in ("recall@20", "ndcg@20"):
-        typer.echo(bench.readable(frame, metric).to_string())
-    typer.echo(f"run cards: {folder / 'lastfm'}")
+    Example: [bold]mmllmrec evaluate runs/first --on valid[/bold]
+    """
+    from mmllmrec.data.interactions import DataError
+    from mmllmrec.evaluation.report import evaluate as report_of
+    from mmllmrec.models.base import Recommender
+
+    about = _card(folder)
+    seed = int(about.seed or 0) if seed is None else seed
+    parts = _split(data or about.data, path, split or about.split["name"], seed)
+    model = Recommender.from_pretrained(folder / "model", catalog=parts.catalog)
+    if model.train_data.hash != parts.train.hash:
+        raise DataError(f"{folder} was trained on other events than this split's: use its --data, --split and --seed")
+    report = report_of(model, parts, on=on, seed=seed, folder=folder / f"report-{on}")
+    _show(report.table(), f"ndcg@20 on {on} of {parts.name}({parts.data.name})")
+    print(f"run card: {report.path}")
+
+
+@app.command()
+def recommend(
+    folder: Annotated[Path, typer.Argument(help="the folder given to train")],
+    users: Annotated[list[str], typer.Argument(help="user ids")],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="items a user")] = 10,
+    data: Data = "",
+    path: At = None,
+) -> None:
+    """The first k items for some users, seen items left out; an unknown user gets popular items, and it says so.
+
+    Example: [bold]mmllmrec recommend runs/first u17 u18 -k 5[/bold]
+    """
+    from mmllmrec.data.dataset import load_dataset
+    from mmllmrec.serving.recommend import recommend as recommendations
+
+    catalog = load_dataset(data or _card(folder).data, path).catalog
+    _show(recommendations(folder / "model", users=users, k=k, catalog=catalog).frame)
+
+
+def _card(folder: Path) -> Any:
+    from mmllmrec.data.interactions import DataError
+    from mmllmrec.runcard import RunCard
+
+    if not (folder / "card.json").is_file():
+        raise DataError(f"{folder} holds no card.json: give the folder that `mmllmrec train ... --folder` wrote")
+    return RunCard.load(folder / "card.json")
+
+
+# -- benches ---------------------------------------------------------------------------------------------------------
 
 
 @bench_app.command("eval")
-def bench_eval(repeats: int = 5) -> None:
-    """Users ranked a second, beside the bare matrix product and top-k on this machine."""
+def bench_eval() -> None:
+    """Users ranked per second beside the bare matrix product and top-k (19,445 users, 7,050 items).
+
+    Example: [bold]mmllmrec bench eval[/bold]
+    """
+    from mmllmrec.evaluation.speed import speed
+
+    _show(speed(), "evaluator, medians of five")
+
+
+@bench_app.command("quickstart")
+def bench_quickstart(seeds: Seeds = 3, folder: Folder = Path("runs/quickstart")) -> None:
+    """The quickstart's table over seeds: Atelier, cold items held out, share of the oracle.
+
+    Example: [bold]mmllmrec bench quickstart --seeds 3[/bold]
+    """
     from mmllmrec import bench
 
-    typer.echo(bench.eval_speed(repeats=repeats).to_string(index=False))
+    print(bench.quickstart(seeds=seeds, folder=folder))
+
+
+@bench_app.command("movielens")
+def bench_movielens(seeds: Seeds = 3, folder: Folder = Path("runs/movielens"), path: At = None) -> None:
+    """Real posters and words: random-per-user and cold-items splits, the unified model on minilm.
+
+    Example: [bold]mmllmrec bench movielens --path ~/data/movielens-small-posters[/bold]
+    """
+    from mmllmrec import bench
+
+    for summary in bench.movielens(seeds=seeds, folder=folder, path=path):
+        print(summary)
+
+
+@bench_app.command("lastfm")
+def bench_lastfm(
+    seeds: Seeds = 3,
+    folder: Folder = Path("runs/lastfm"),
+    path: At = None,
+    peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's figures")] = None,
+) -> None:
+    """BPR-MF, LightGCN and VBPR on the division the data brings, under the MMRec family's protocol.
+
+    Example: [bold]mmllmrec bench lastfm --path ~/data/lastfm-2k-audio --peer peer.csv[/bold]
+    """
+    from mmllmrec import bench
+
+    summary, table = bench.lastfm(seeds=seeds, folder=folder, path=path, peer=peer)
+    print(summary)
+    if len(table):
+        _show(table, "beside the peer")
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 bad usage or bad input."""
-    from mmllmrec.data.interactions import DataError
-
+    """Entry point: one line for an error, its traceback with ``--debug`` (before or after the command)."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     try:
-        app()
-    except DataError as error:
-        if "--debug" in sys.argv:
+        app(args=arguments, prog_name="mmllmrec")
+    except Exception as error:
+        if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        from mmllmrec.data.interactions import DataError
+
+        message = " ".join(str(error).split())
+        print(f"mmllmrec: {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
+        sys.exit(2 if isinstance(error, DataError | FileNotFoundError) else 1)
 
 
 if __name__ == "__main__":
