@@ -334,9 +334,11 @@ def main() -> None:
             raise
         from mmllmrec.data.interactions import DataError
 
+        usage = isinstance(error, DataError | FileNotFoundError)
         message = " ".join(str(error).split())
-        print(f"mmllmrec: {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
-        sys.exit(2 if isinstance(error, DataError | FileNotFoundError) else 1)
+        kind = "" if usage else f"{type(error).__name__}: "
+        print(f"error: {kind}{message} (--debug shows where)", file=sys.stderr)
+        sys.exit(2 if usage else 1)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class ContentKNN:
 
 
 def _standard(table: np.ndarray, fit_on: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Mean 0 and deviation 1 on ``fit_on``; absent rows 0."""
+    """Mean 0 and deviation 1 on ``fit_on``; absent rows 0, and all of them where there is nothing to fit on."""
+    if not fit_on.any():
+        return np.zeros(table.shape, dtype=np.float32)
     mean, spread = table[fit_on].mean(0), table[fit_on].std(0)
     return np.where(present[:, None], (table - mean) / np.where(spread > 1e-6, spread, 1.0), 0.0).astype(np.float32)
 
