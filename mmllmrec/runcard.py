@@ -95,6 +95,7 @@ class RunCard:
     name: str
     seed: int | None = None
     data: str = ""
+    loaded: dict[str, Any] = field(default_factory=dict)  # what load_dataset was given: name, path, options
     split: dict[str, Any] = field(default_factory=dict)  # name, hash, sizes
     model: dict[str, Any] = field(default_factory=dict)  # class, hyper-parameters, hashes of weights, adapter, prompt
     settings: dict[str, Any] = field(default_factory=dict)  # optimiser, protocol

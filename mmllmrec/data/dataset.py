@@ -24,7 +24,7 @@ class RecDataset:
     interactions: Interactions
     catalog: Catalog
     parts: np.ndarray | None = None
-    about: dict[str, Any] = field(default_factory=dict)  # source, threshold, licence: goes into run cards
+    about: dict[str, Any] = field(default_factory=dict)  # source, threshold, licence; "loaded" goes into run cards
 
     def __post_init__(self) -> None:
         if self.catalog.item_ids != self.interactions.item_ids:
@@ -38,8 +38,10 @@ def load_dataset(name: str, path: str | os.PathLike[str] | None = None, **option
     """Load a dataset by name.
 
     ``"atelier"`` and ``"atelier-b"`` are built in. ``"movielens-small"`` and ``"lastfm-2k"`` are read from ``path``,
-    else from their folder under the one the environment variable ``MMLLMREC_DATA`` names. Raises ``DataError`` when the
-    data is not there, with the one sentence on how to get it.
+    else from their folder under the one the environment variable ``MMLLMREC_DATA`` names. ``"folder"`` is your own
+    data, read from ``path`` alone: interactions.csv and items.csv (or .parquet), images/ and features/, laid out as
+    ``data.sources.folder`` says. ``options`` go to the reader. Raises ``DataError`` when the data is not there, with
+    the one sentence on how to get it.
     """
     if name in ("atelier", "atelier-b"):
         from mmllmrec.data.atelier import atelier
@@ -50,7 +52,11 @@ def load_dataset(name: str, path: str | os.PathLike[str] | None = None, **option
     if name not in sources.READERS:
         raise DataError(f"unknown dataset {name!r}; known are {['atelier', 'atelier-b', *sources.READERS]}")
     reader = sources.READERS[name]
-    return reader.read(find(name, path, folder=reader.FOLDER, get=reader.GET), **options)
+    data: RecDataset = reader.read(find(name, path, folder=reader.FOLDER, get=reader.GET), **options)
+    # what was found under MMLLMREC_DATA is found there again, on another machine too: only a given path is kept
+    place = str(Path(path).resolve()) if path is not None else None
+    data.about["loaded"] = {"name": name, "path": place, "options": options}
+    return data
 
 
 def find(name: str, path: str | os.PathLike[str] | None, *, folder: str, get: str) -> Path:
@@ -58,6 +64,7 @@ def find(name: str, path: str | os.PathLike[str] | None, *, folder: str, get: st
     root = os.environ.get("MMLLMREC_DATA")
     place = Path(path) if path is not None else Path(root) / folder if root and folder else None
     if place is None or not place.is_dir():
-        looked = f"looked in {place}" if place else "MMLLMREC_DATA is not set and no path was given"
+        unset = " and MMLLMREC_DATA is not set" if folder else ""
+        looked = f"looked in {place}" if place else f"no path was given{unset}"
         raise DataError(f"dataset {name!r} is not here ({looked}): {get}")
     return place

@@ -121,7 +121,7 @@ class Interactions:
             rows = np.flatnonzero((self.users == user) & (self.items == item))
             raise DataError(
                 f"rows {rows[0]} and {rows[1]}: user {self.user_ids[user]!r} takes item {self.item_ids[item]!r} twice; "
-                "keep one (Interactions.from_frame(..., duplicates='first') does)"
+                "keep one, or pass duplicates='first' where the table is read"
             )
 
     @classmethod
@@ -156,22 +156,23 @@ class Interactions:
         frame = frame.reset_index(drop=True)
         times = None
         if time:
+            if pd.api.types.is_datetime64_any_dtype(frame[time]):  # pandas would count them in its own unit
+                raise DataError(f"{source}: {time} holds dates ({frame[time].dtype}); save whole seconds since 1970")
             values = pd.to_numeric(frame[time], errors="coerce")
-            bad = np.flatnonzero(~np.isfinite(values.to_numpy(dtype=float)))
+            seconds = values.to_numpy(dtype=float)
+            bad = np.flatnonzero(~(np.isfinite(seconds) & (seconds >= 0)))
             if bad.size:
-                raise DataError(f"{source}, row {bad[0]}: {time} is {frame[time][bad[0]]!r}, not a number of seconds")
+                raise DataError(f"{source}, row {bad[0]}: {time} is {frame[time][bad[0]]!r}, not seconds since 1970")
             times = values.to_numpy().astype(np.int64)
-        if duplicates == "first":
-            order = np.argsort(times, kind="stable") if times is not None else np.arange(len(frame))
-            keep = np.sort(order[(~frame.iloc[order][[user, item]].duplicated()).to_numpy()])
-            frame = frame.iloc[keep]
-            times = times[keep] if times is not None else None
         user_ids = user_ids or IdMap(sorted(set(frame[user].astype(str)), key=_natural), what="user id")
         item_ids = item_ids or IdMap(sorted(set(frame[item].astype(str)), key=_natural), what="item id")
         try:
-            return cls(
-                user_ids.index(frame[user].tolist()), item_ids.index(frame[item].tolist()), times, user_ids, item_ids
-            )
+            users, items = user_ids.index(frame[user].tolist()), item_ids.index(frame[item].tolist())
+            if duplicates == "first":  # after the ids are known: their errors name the table's own rows
+                order = np.argsort(times, kind="stable") if times is not None else np.arange(len(frame))
+                keep = np.sort(order[np.unique((users * len(item_ids) + items)[order], return_index=True)[1]])
+                users, items, times = users[keep], items[keep], times[keep] if times is not None else None
+            return cls(users, items, times, user_ids, item_ids)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
 

@@ -130,7 +130,7 @@ def _random_parts(x: Interactions, ratio: tuple[float, float, float], rng: np.ra
 
 
 def given(data: RecDataset) -> Split:
-    """The source's own division (``x_label`` of an ``.inter`` file)."""
+    """The source's own division (``x_label`` of an ``.inter`` file, ``split`` in a folder of yours)."""
     if data.parts is None:
         raise DataError(f"{data.name!r} brings no division of its own; use random_per_user or another split")
     return _make("given", data, data.parts)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from mmllmrec.data.sources import inter_files, movielens
+from mmllmrec.data.sources import folder, inter_files, movielens
 
-READERS: dict[str, ModuleType] = {"movielens-small": movielens, "lastfm-2k": inter_files}
+READERS: dict[str, ModuleType] = {"movielens-small": movielens, "lastfm-2k": inter_files, "folder": folder}

@@ -15,7 +15,7 @@ import numpy as np
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
-from mmllmrec.data.sources.tables import read_table
+from mmllmrec.data.sources.tables import read_features, read_table
 
 FOLDER = "lastfm-2k-audio"
 GET = "put a folder with one .inter file and its .npy features there and pass path=, or set MMLLMREC_DATA to its parent"
@@ -63,17 +63,3 @@ def read(folder: Path) -> RecDataset:
     catalog = Catalog(datasets.Dataset.from_dict(rows), item_ids, features=tables, name=str(folder.name))
     about = {"source": "inter_files", "file": found[0].name, "features": {k: list(v.shape) for k, v in tables.items()}}
     return RecDataset(folder.name, interactions, catalog, frame["x_label"].to_numpy(dtype=np.int8), about)
-
-
-def read_features(path: Path) -> np.ndarray:
-    """A ``.npy`` table as (I, D) float32; ``DataError`` naming file and row when it wants pickle or is not finite."""
-    try:
-        table = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{path}: not a plain array of numbers (pickle is never loaded): {error}") from None
-    if table.ndim != 2 or not np.issubdtype(table.dtype, np.number):
-        raise DataError(f"{path}: {table.dtype} of shape {table.shape}; expected a table of numbers, one row an item")
-    bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
-    if bad.size:
-        raise DataError(f"{path}, row {bad[0]}: NaN or infinite; mend it before loading")
-    return table.astype(np.float32)

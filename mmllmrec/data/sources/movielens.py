@@ -11,7 +11,7 @@ import pandas as pd
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
-from mmllmrec.data.sources.tables import read_table
+from mmllmrec.data.sources.tables import k_core, read_table
 
 FOLDER = "movielens-small-posters"
 GET = (
@@ -41,11 +41,7 @@ def read(folder: Path, *, threshold: float = 0.5, min_events: int = 5, bad_rows:
         )
     ratings = numbers.dropna().astype({"userId": int, "movieId": int, "timestamp": int})
     ratings = ratings[ratings["rating"] >= threshold].astype({"userId": str, "movieId": str})
-    size = -1
-    while len(ratings) != size:
-        size = len(ratings)
-        for column in ("userId", "movieId"):
-            ratings = ratings[ratings.groupby(column)[column].transform("size") >= min_events]
+    ratings = k_core(ratings, ("userId", "movieId"), min_events=min_events)
     if ratings.empty:
         raise DataError(
             f"{folder}: no event is left with threshold={threshold} and min_events={min_events}; lower them"
