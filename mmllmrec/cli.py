@@ -106,7 +106,10 @@ def execute(notebook: Path, *, smoke: bool = False, save: Path | None = None) ->
 def _notebooks() -> Path:
     place = Path("notebooks")
     if not (place / "00_quickstart.ipynb").is_file():
-        raise FileNotFoundError("notebooks/00_quickstart.ipynb is not here: run this at the top of a clone")
+        raise FileNotFoundError(
+            "notebooks/00_quickstart.ipynb is not here: run this at the top of a clone, or start with "
+            "'mmllmrec train LightGCN --data atelier --split cold_items'"
+        )
     return place
 
 
@@ -116,9 +119,10 @@ def demo() -> None:
 
     Example: [bold]mmllmrec demo[/bold]
     """
+    notebook = _notebooks() / "00_quickstart.ipynb"
     from nbconvert import HTMLExporter
 
-    book = execute(_notebooks() / "00_quickstart.ipynb")
+    book = execute(notebook)
     page = Path("build/quickstart.html")
     page.parent.mkdir(exist_ok=True)
     page.write_text(HTMLExporter().from_notebook_node(book)[0], encoding="utf-8")
@@ -296,15 +300,19 @@ def bench_eval(repeats: Repeats = 5, folder: Cards = Path("runs/eval")) -> None:
 
 
 @bench_app.command("train")
-def bench_train(repeats: Repeats = 5, folder: Cards = Path("runs/train")) -> None:
+def bench_train(
+    repeats: Repeats = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
+    folder: Cards = Path("runs/train"),
+) -> None:
     """Seconds per epoch, samples per second and peak memory of the baselines (118,551 events of 19,445 users on 7,050
     items, features of 4096 and 384 columns); a few minutes.
 
-    Example: [bold]mmllmrec bench train --repeats 1[/bold]
+    Example: [bold]mmllmrec bench train --threads 1[/bold]
     """
     from mmllmrec.training.speed import speed
 
-    table = speed(repeats=repeats, folder=folder).fillna("-")
+    table = speed(repeats=repeats, threads=threads, folder=folder).fillna("-")
     _show(table, f"training, medians of {repeats} epochs; VBPR reads features whitened to 64 columns when it is built")
     print(f"run card: {folder / 'card.json'}")
 

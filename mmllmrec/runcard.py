@@ -82,7 +82,15 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MiB."""
+    """Peak resident memory of this program so far, in MiB.
+
+    On Linux ``ru_maxrss`` of a started program begins at that of the one that started it; VmHWM begins at zero.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) / 1024.0, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024.0**2 if sys.platform == "darwin" else 1024.0), 1)
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.evaluation import metrics
 from mmllmrec.evaluation.floors import Popularity, Random
 from mmllmrec.evaluation.metrics import METRICS, compute
 from mmllmrec.evaluation.protocols import harmonic, validation_score
@@ -164,6 +166,46 @@ def test_validation_masks_train_and_popularity_is_the_count():
     direct = rank(Popularity(train), valid, seen=train.csr, k=20).per_user("recall@20").mean()
     assert validation_score(Popularity(train), train, valid, metric="recall@20") == direct
     assert Popularity(train).score(np.array([0]))[0].tolist() == train.item_counts.tolist()
+
+
+def test_labels_dealt_to_other_items_give_the_score_of_random():
+    """Scores that know everything know nothing of shuffled labels, popularity included."""
+    from mmllmrec.data.atelier import atelier
+
+    data = atelier(n_items=211, n_users=997, n_events=20_000, modalities=())
+    x = data.interactions
+    rng = np.random.default_rng(0)
+    order = np.argsort(rng.random((x.n_users, x.n_items)), axis=1)  # each user's labels go to items of its own
+    shuffled = Interactions(x.users, order[x.users, x.items], None, x.user_ids, x.item_ids)
+    options = {"seen": None, "k": 20}
+    ours, chance = (rank(s, shuffled, **options).per_user("ndcg@20") for s in (data.oracle(), Random(x, seed=3)))
+    assert rank(data.oracle(), x, **options).per_user("ndcg@20").mean() > 2 * chance.mean()
+    assert ours.mean() == pytest.approx(chance.mean(), abs=4 * (ours - chance).std() / np.sqrt(len(ours)))
+
+
+def test_lists_beyond_accuracy_against_naive_loops():
+    rng = np.random.default_rng(4)
+    items = np.stack([rng.permutation(13)[:5] for _ in range(7)])
+    real = np.ones((7, 5), dtype=bool)
+    real[2, 3:], real[4, 1:], real[5] = False, False, False
+    counts, vectors = rng.integers(0, 9, 13), rng.normal(size=(13, 3))
+    vectors[6] = 0
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    lists = [[int(i) for i, r in zip(*row, strict=True) if r] for row in zip(items, real, strict=True)]
+    times = np.array([sum(i in one for one in lists) for i in range(13)])
+    assert metrics.coverage(items, real, 13) == (times > 0).sum() / 13
+    naive = np.abs(times[:, None] - times[None]).sum() / (2 * 13 * times.sum())  # mean absolute difference
+    assert metrics.gini(items, real, 13) == pytest.approx(naive)
+    assert metrics.gini(np.zeros((7, 1), int), np.ones((7, 1), bool), 13) == pytest.approx(12 / 13)
+    assert metrics.gini(np.arange(13)[:, None], np.ones((13, 1), bool), 13) == pytest.approx(0)
+    bits = [np.mean([-np.log2(max(counts[i], 1) / 61) for i in one]) if one else 0.0 for one in lists]
+    np.testing.assert_allclose(metrics.novelty(items, real, counts, 61), bits)
+    apart = [
+        np.mean([1 - vectors[a] @ vectors[b] for a in one for b in one if a != b]) if len(one) > 1 else 0.0
+        for one in lists
+    ]
+    np.testing.assert_allclose(metrics.diversity(items, real, vectors), apart, atol=1e-6)
+    np.testing.assert_allclose(metrics.diversity(items, real, sp.csr_matrix(vectors)), apart, atol=1e-6)
 
 
 def test_harmonic_mean():

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mmllmrec.data.interactions import DataError
+from mmllmrec.data.sampling import blocks_of, item_blocks
 from mmllmrec.models import BPR, EASE, LightGCN
 from mmllmrec.seed import seed_everything
 from mmllmrec.training.fit import fit
@@ -102,6 +104,19 @@ def test_a_graph_model_checkpoints(split, tmp_path):
     seed_everything(0)
     run = fit(LightGCN(split.train, dim=8), split, epochs=2, lr=0.05, folder=tmp_path, progress=False)
     assert json.loads((tmp_path / "card.json").read_text())["metrics"]["ndcg@20"] == run.best_score
+
+
+def test_blocks_hold_all_events_of_their_items_once(split):
+    train = split.train
+    blocks = list(item_blocks(train, size=13, rng=np.random.default_rng(0)))
+    assert len(blocks) == blocks_of(train, 13) == round((train.item_counts > 0).sum() / 13)
+    pairs = [set((b.users * train.n_items + b.items).tolist()) for b in blocks]
+    every = set((train.users * train.n_items + train.items).tolist())
+    assert sum(map(len, pairs)) == len(train) and set.union(*pairs) == every
+    owners = [set(b.items.tolist()) for b in blocks]
+    assert sum(map(len, owners)) == len(set.union(*owners)) and all(b.by_item for b in blocks)
+    with pytest.raises(DataError, match="item_batch=13: two items or more"):
+        fit(BPR(train, dim=5), split, item_batch=13)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(split, tmp_path):

@@ -7,7 +7,9 @@ from safetensors.numpy import load_file
 from mmllmrec.data import splits
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
-from mmllmrec.evaluation.floors import Popularity
+from mmllmrec.evaluation.curves import k_shot
+from mmllmrec.evaluation.floors import ContentKNN, Popularity
+from mmllmrec.evaluation.ranking import rank
 from mmllmrec.evaluation.report import evaluate
 from mmllmrec.evaluation.significance import holm, paired_bootstrap
 from mmllmrec.models import EASE
@@ -54,6 +56,72 @@ def test_saved_values_are_the_users(report, tmp_path):
 
 def test_plot_has_a_panel_a_row(report):
     assert [a.get_title() for a in report.plot().axes] == report.rows
+
+
+def test_what_the_lists_are_like_is_told(report):
+    table = report.beyond(20)
+    assert list(table.columns) == ["coverage", "gini", "novelty", "diversity"]
+    assert table.loc["Popularity", "gini"] > table.loc["Random", "gini"]
+    assert table.loc["Popularity", "coverage"] < 0.5 < table.loc["Random", "coverage"]
+    assert table.loc["Popularity", "novelty"] < table.loc["Random", "novelty"]
+    assert report.card.metrics["EASE | all | coverage@20"] == [table.loc["EASE", "coverage"]]
+
+
+def test_rows_hold_their_own_positives_among_one_ranking(split, report):
+    """Rows that share candidates share a ranking; each must equal a ranking of its own."""
+    warm = split.warm_items
+    part = {"warm": warm, "cold": ~warm}
+    for row, mask in part.items():
+        alone = rank(EASE(split.train, reg=50.0), split.valid.select(mask[split.valid.items]), seen=split.train.csr)
+        np.testing.assert_array_equal(alone.per_user("ndcg@20"), report.per_user("EASE", row))
+
+
+def test_controls_are_rows_of_the_same_model_reading_something_else():
+    split = splits.cold_items(atelier(n_items=211, n_users=211, n_events=6000, missing=0.0), seed=0)
+    floor = ContentKNN(split.train, catalog=split.catalog)
+    floor.name = "knn"
+    report = evaluate(floor, split, controls=["without text", "shuffled image", "random sensor"], floors=False)
+    assert report.names[:4] == ["knn", "knn, without text", "knn, shuffled image", "knn, random sensor"]
+    assert report.mean("knn, without text", "cold only") < report.mean("knn", "cold only")
+    assert len(evaluate(floor, split, controls=True, floors=False).names) == 1 + 4 * 3 + 1  # and the oracle
+    with pytest.raises(DataError, match=r"control 'loud audio': write one of .*'without image'"):
+        evaluate(floor, split, controls=["loud audio"])
+    with pytest.raises(DataError, match="EASE reads no content"):
+        evaluate(EASE(split.train), split, controls=True)
+
+
+def test_k_shot_holds_everything_fixed_but_the_history():
+    split = splits.cold_users(atelier(n_items=211, n_users=211, n_events=6000, modalities=()), seed=0)
+    seen = []
+
+    class Watch(EASE):
+        def with_history(self, history):
+            seen.append(history)
+            return super().with_history(history)
+
+    curve = k_shot([Watch(split.train, reg=50.0), Popularity(split.train)], split, ks=(0, 1, 4))
+    extra = [len(h) - len(split.train) for h in seen]
+    users = np.flatnonzero(split.cold_users & (split.valid.user_counts > 4))
+    assert extra == [len(users), 4 * len(users)]
+    assert set(seen[0].users[-len(users) :]) == set(users)
+    means = curve.frame.set_index(["system", "k"])["mean"]
+    assert means["Watch", 0] < means["Watch", 4] and means["Popularity", 0] == means["Popularity", 4]
+    assert curve.frame["users"].nunique() == 1
+    revealed = seen[1].csr - split.train.csr
+    hidden = split.valid.csr - split.valid.csr.multiply(revealed)
+    assert hidden[users].sum() == split.valid.user_counts[users].sum() - 4 * len(users)
+    with pytest.raises(DataError, match="no cold item of cold_users has more than 4 events in valid"):
+        k_shot([Popularity(split.train)], split, of="items", ks=(0, 4))
+
+
+def test_k_shot_of_items_reveals_the_same_number_of_each(tmp_path):
+    split = splits.cold_items(atelier(n_items=211, n_users=211, n_events=6000, modalities=()), seed=0)
+    curve = k_shot([split.data.oracle(), Popularity(split.train)], split, of="items", ks=(0, 2), on="test")
+    assert split.test_opened == 1 and curve.card.test_opened == 1
+    means = curve.frame.set_index(["system", "k"])["mean"]
+    assert means["Oracle", 0] > 2 * means["Popularity", 0]
+    assert "cold items, test of cold_items" in str(curve) and curve.plot().axes[0].get_xlabel().endswith("cold item")
+    assert RunCard.load(curve.save(tmp_path / "curve")).settings["of"] == "items"
 
 
 def test_two_of_a_name_are_refused(split):

@@ -1,6 +1,7 @@
 """The unified model's plumbing on tiny random towers: what trains, what changes what, what is absent, what is saved."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.backbone import PAD, READ, SOFT
 from mmllmrec.features.prompts import load_prompt
-from mmllmrec.features.towers import load_vision, weights_hash
+from mmllmrec.features.towers import layers_of, load_vision, weights_hash
 from mmllmrec.models import Recommender, Unified
 from mmllmrec.seed import seed_everything
 from tests.towers import tiny_preset, tiny_world
@@ -116,7 +117,7 @@ def test_a_cold_item_has_no_id_and_an_absent_picture_no_influence(model):
     with torch.no_grad():
         model.item_ids_table.weight[5].fill_(50.0)  # item 5 is cold
     content, _ = model.content(torch.arange(model.n_items))
-    torch.testing.assert_close(model.encode(torch.tensor([5]))[0], content[5], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode(torch.tensor([5]), model.ids()[1])[0], content[5], atol=1e-5, rtol=0)
     before = model.embed()[1]
     model.items.pixels[2] = 200  # item 2 has no picture
     torch.testing.assert_close(model.embed()[1][2], before[2], atol=1e-6, rtol=0)
@@ -153,10 +154,12 @@ def test_a_user_without_events_likes_nothing_more(model):
     assert (model.score(np.array([3])) == 0).all()
 
 
-def test_the_loss_is_the_naive_one(model):
+@pytest.mark.parametrize("by_item", [False, True])
+def test_the_loss_is_the_naive_one(model, by_item):
     model.eval()
     model.id_dropout = 0.0
     batch = everything(model)
+    batch.by_item = by_item
     train, size = model.train_data, len(batch)
     users, items = model.embed()
     values = []
@@ -166,9 +169,10 @@ def test_the_loss_is_the_naive_one(model):
             if j != i and train.csr[u, j]:
                 continue
             share = train.item_counts[j] / len(train)
-            total += np.exp(float(users[u] @ items[j])) / (1 - (1 - share) ** size)
+            chance = 1.0 if by_item else 1 - (1 - share) ** size  # blocks of items are a uniform sample
+            total += np.exp(float(users[u] @ items[j])) / chance
             if j == i:
-                own = np.exp(float(users[u] @ items[i])) / (1 - (1 - share) ** size)
+                own = np.exp(float(users[u] @ items[i])) / chance
         values.append(-np.log(own / total))
     assert float(model.loss(batch)["softmax"].detach()) == pytest.approx(np.mean(values), abs=1e-4)
 
@@ -188,6 +192,55 @@ def test_broken_prompts_name_their_file(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(DataError, match=rf"p\.jinja.*{says}"):
         load_prompt(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
+def test_layers_in_two_parts_are_the_whole_model(family):
+    import transformers as hf
+
+    seed_everything(3)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 13} | ({} if family == "bert" else {"num_key_value_heads": 2})
+    kind, config = {
+        "llama": (hf.LlamaModel, hf.LlamaConfig),
+        "qwen2": (hf.Qwen2Model, hf.Qwen2Config),
+        "bert": (hf.BertModel, hf.BertConfig),
+    }[family]
+    extra = {"add_pooling_layer": False} if family == "bert" else {}
+    whole = kind(config(**sizes), **extra).eval()
+    mask = torch.arange(7) < torch.tensor([7, 5, 2])[:, None]
+    x = whole.get_input_embeddings()(torch.randint(0, 13, (3, 7)))
+    expected = whole(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
+    for first in (1, 2):
+        below = layers_of(whole, 0, first)(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
+        above = layers_of(whole, first)(inputs_embeds=below, attention_mask=mask.long()).last_hidden_state
+        torch.testing.assert_close(above[mask], expected[mask], atol=1e-6, rtol=0)
+        assert (below[mask] - expected[mask]).abs().max() > 1e-3
+    with pytest.raises(DataError, match="enter inside a Linear"):
+        layers_of(torch.nn.Linear(2, 2), 1)
+
+
+def test_what_is_kept_of_frozen_layers_changes_nothing(preset):
+    train, catalog = tiny_world()
+    seed_everything(5)
+    model = Unified.from_preset(replace(preset, enter=1), data=train, catalog=catalog, dim=16)
+    wake(model)
+    model.eval()
+    assert {n.split("layers.")[1][0] for n in lora(model) if "language" in n} == {"1"}
+    kept = model.embed()[1]
+    assert model.items.states is not None
+    model.items.states = None  # computed anew for each batch
+    torch.testing.assert_close(model.embed()[1], kept, atol=1e-6, rtol=0)
+    with pytest.raises(DataError, match="below enter=1"):
+        Unified.from_preset(replace(preset, enter=1, lora_layers=(0,)), data=train, catalog=catalog)
+    with pytest.raises(DataError, match="layers 0 to 1"):
+        Unified.from_preset(replace(preset, enter=2), data=train, catalog=catalog)
+
+
+def test_the_run_card_names_towers_prompt_and_content(model):
+    about = model.provenance()
+    assert about["prompt"] == {"id": "item", "version": 1, "hash": load_prompt("item").hash}
+    assert about["base"] == model.base_hash and about["catalog"] == model.catalog.hash
 
 
 def test_prompt_fields_are_exact():

@@ -16,11 +16,13 @@ from mmllmrec.data.interactions import DataError, Interactions
 
 @dataclass
 class Batch:
-    """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids."""
+    """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids. ``by_item``: all events of some
+    items, as ``item_blocks`` makes them."""
 
     users: torch.Tensor
     items: torch.Tensor
     negatives: torch.Tensor | None = None
+    by_item: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
@@ -28,7 +30,14 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         negatives = None if self.negatives is None else self.negatives.to(device)
-        return Batch(self.users.to(device), self.items.to(device), negatives)
+        return Batch(self.users.to(device), self.items.to(device), negatives, self.by_item)
+
+    def share(self, rank: int, world: int) -> Batch:
+        """The rows of one of ``world`` processes."""
+        if world == 1:
+            return self
+        negatives = None if self.negatives is None else self.negatives[rank::world]
+        return Batch(self.users[rank::world], self.items[rank::world], negatives, self.by_item)
 
 
 def sample_negatives(
@@ -101,6 +110,29 @@ def epoch(
         part = slice(start, start + batch_size)
         extra = None if drawn is None else torch.from_numpy(drawn[part])
         yield Batch(torch.from_numpy(users[part].copy()), torch.from_numpy(items[part].copy()), extra)
+
+
+def item_blocks(train: Interactions, *, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """One pass over the training events in blocks of ``size`` items, each with all of its events, for in-batch losses.
+
+    A model that reads content encodes an item once an epoch, where batches of events would encode a popular one in
+    nearly every batch. Every item with an event is as likely as any other to be in a block, so the candidates are a
+    uniform sample and need no logQ correction. A short last block is shared out, so that none has few candidates.
+    """
+    items = rng.permutation(np.flatnonzero(train.item_counts > 0))
+    blocks = np.array_split(items, blocks_of(train, size))
+    number = np.full(train.n_items, -1)
+    for position, block in enumerate(blocks):
+        number[block] = position
+    order = np.argsort(number[train.items], kind="stable")
+    bounds = np.searchsorted(number[train.items][order], np.arange(len(blocks) + 1))
+    for part in np.split(order, bounds[1:-1]):
+        yield Batch(torch.from_numpy(train.users[part]), torch.from_numpy(train.items[part]), by_item=True)
+
+
+def blocks_of(train: Interactions, size: int) -> int:
+    """How many blocks of about ``size`` items an epoch has."""
+    return max(round(int((train.item_counts > 0).sum()) / size), 1)
 
 
 def log_inclusion(counts: np.ndarray, batch_size: int) -> np.ndarray:

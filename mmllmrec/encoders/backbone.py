@@ -5,7 +5,7 @@ Legend: B batch, S pixels a side, N patches, L tokens, K soft tokens, W width of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllmrec.features.prompts import IMAGE, Prompt
-from mmllmrec.features.towers import Language, Vision
+from mmllmrec.features.towers import Language, Vision, layers_of
 from mmllmrec.fusion import Gate
 
 SOFT, READ, PAD = -1, -2, -3  # places in a token row that are no vocabulary: a soft token, the read-out, padding
@@ -29,12 +29,21 @@ class Items:
     words: Tensor
     image: Tensor
     text: Tensor
+    states: Tensor | None = None  # (B, L, W): what frozen layers made of the tokens (``Backbone.below``)
+
+    def to(self, device: torch.device | str) -> Items:
+        """The same items on ``device``."""
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in held.items()}
+        return Items(**moved)
 
     def take(self, index: Tensor) -> Items:
         """Rows of all tensors; token columns that are all padding are dropped."""
         tokens, words = self.tokens[index], self.words[index]
         length = int((tokens != PAD).sum(1).max()) if len(index) else 0
-        return Items(self.pixels[index], tokens[:, :length], words[:, :length], self.image[index], self.text[index])
+        states = None if self.states is None else self.states[index, :length]
+        tokens, words = tokens[:, :length], words[:, :length]
+        return Items(self.pixels[index], tokens, words, self.image[index], self.text[index], states)
 
 
 def tokenise(
@@ -96,13 +105,17 @@ class Backbone(nn.Module):
 
     early: [prompt | soft tokens | words | EMB] -> language model -> e = LN(W h_EMB); a bidirectional model gives the
     mean over its tokens. late: l_image = LN(W v0) of the pooled picture, l_text = LN(W t0) of the mean of the words'
-    input embeddings. fused: ``fusion.Gate`` over {e, l_image, l_text}, masked by presence. The towers come frozen or
-    with LoRA; resampler, heads and gate train.
+    states where they enter. fused: ``fusion.Gate`` over {e, l_image, l_text}, masked by presence. The towers come
+    frozen or with LoRA; resampler, heads and gate train.
+
+    ``enter`` is the language layer at which soft tokens and read-out come in: the layers below it are frozen and read
+    the words alone, so what they give an item never changes and can be kept (``below``, ``Items.states``). With 0 they
+    come in with the input embeddings.
     """
 
-    def __init__(self, vision: Vision, language: Language, *, dim: int = 64, soft: int = 4):
+    def __init__(self, vision: Vision, language: Language, *, dim: int = 64, soft: int = 4, enter: int = 0):
         super().__init__()
-        self.vision, self.language = vision.model, language.model
+        self.vision, self.language, self.enter = vision.model, language.model, enter
         self.causal, width = language.causal, language.width
         self.resampler = Resampler(vision.token_width, width, tokens=soft)
         self.read = nn.Parameter(torch.randn(width) * 0.02)
@@ -123,10 +136,23 @@ class Backbone(nn.Module):
         pooled, patches = self.vision((pixels.float() / 255 - self.mean) / self.std)
         return pooled, patches
 
+    def below(self, tokens: Tensor) -> Tensor:
+        """States of the words where soft tokens enter: tokens (B, L) -> (B, L, W), with no gradient above layer 0."""
+        x: Tensor = self.language.get_input_embeddings()(tokens.clamp(min=0))
+        if not self.enter:
+            return x
+        with torch.no_grad():
+            part = layers_of(self._language(), 0, self.enter)
+            read: Tensor = part(inputs_embeds=x, attention_mask=(tokens >= 0).long()).last_hidden_state
+            return read
+
+    def _language(self) -> Any:
+        """The language model itself, out of PEFT's wrapping (its adapters are inside its layers)."""
+        return self.language.get_base_model() if hasattr(self.language, "get_base_model") else self.language
+
     def assemble(self, items: Items, soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input embeddings (B, L, W), attention mask (B, L) and word embeddings' mean (B, W)."""
-        table = self.language.get_input_embeddings()
-        x = table(items.tokens.clamp(min=0))
+        """What enters the language model (B, L, W), attention mask (B, L) and the mean of the words' states (B, W)."""
+        x = self.below(items.tokens) if items.states is None else items.states
         words = items.words[..., None]
         pooled = (x * words).sum(1) / words.sum(1).clamp(min=1)
         place = items.tokens == SOFT
@@ -143,7 +169,8 @@ class Backbone(nn.Module):
         else:
             soft = seen = self.read.new_zeros(0)
         x, mask, words = self.assemble(items, soft)
-        h = self.language(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
+        model = layers_of(self._language(), self.enter) if self.enter else self.language
+        h = model(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
         if self.causal:  # rows are padded on the right, so the read-out is the last valid token
             h = h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
         else:

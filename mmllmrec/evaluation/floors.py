@@ -58,6 +58,10 @@ class ContentKNN:
             tables.setdefault(name, (table, catalog.present(name)))
         self.views = [(_unit(_standard(t, present & fit_on, present)), present) for t, present in tables.values()]
 
+    def vectors(self) -> np.ndarray:
+        """One description an item, (I, F) float32: its views side by side, of unit length (zero where it has none)."""
+        return _unit(np.concatenate([view for view, _ in self.views], axis=1))
+
     def with_catalog(self, catalog: Catalog) -> ContentKNN:
         """The same floor reading another catalogue of the same items (controls)."""
         other = ContentKNN(self.train, catalog=catalog)

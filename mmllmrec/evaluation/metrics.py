@@ -1,12 +1,16 @@
-"""Ranking metrics: pure functions of where the hits are, per user first.
+"""Ranking metrics: pure functions of where the hits are, per user first; and of what was shown, right or wrong.
 
-Legend: n users, K ranked places. ``hits`` (n, K) bool, best place first; ``positives`` (n,) how many there were.
+Legend: n users, K ranked places, I items, F width of an item's description. ``hits`` (n, K) bool, best place first;
+``positives`` (n,) how many there were; ``items`` (n, K) what was shown, ``real`` (n, K) bool whether it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -70,3 +74,53 @@ def compute(name: str, hits: Tensor, positives: Tensor) -> Tensor:
     if metric not in METRICS or not k.isdecimal() or int(k) < 1:
         raise ValueError(f"metric {name!r}: write one of {sorted(METRICS)} as name@K, such as 'ndcg@20'")
     return METRICS[metric](hits, positives, int(k)).double()
+
+
+# -- beyond accuracy: of the lists alone -----------------------------------------------------------------------------
+
+
+def coverage(items: np.ndarray, real: np.ndarray, n_items: int) -> float:
+    """Share of the catalogue that at least one user is shown: (n, K), (n, K) -> in [0, 1]."""
+    return float((_exposure(items, real, n_items) > 0).mean())
+
+
+def gini(items: np.ndarray, real: np.ndarray, n_items: int) -> float:
+    """Gini coefficient of how often each item is shown: 0 all alike, (I - 1) / I one item alone; (n, K), (n, K) -> ().
+
+    sum_i (2 i - I - 1) x_(i) / (I sum x) over the counts x in ascending order, i from 1. Nothing shown gives 0.
+    """
+    x = np.sort(_exposure(items, real, n_items))
+    weight = 2 * np.arange(1, n_items + 1) - n_items - 1
+    return float((weight * x).sum() / (n_items * max(x.sum(), 1)))
+
+
+def novelty(items: np.ndarray, real: np.ndarray, counts: np.ndarray, n_users: int) -> np.ndarray:
+    """Mean self-information of a list in bits, -log2 of the share of users who have taken each item in training
+    (Zhou et al. 2010); (n, K), (n, K), counts (I,) -> (n,). An item nobody took counts as though one user had."""
+    bits = -np.log2(np.maximum(counts, 1) / n_users)
+    return (bits[items] * real).sum(1) / np.maximum(real.sum(1), 1)
+
+
+def diversity(items: np.ndarray, real: np.ndarray, vectors: np.ndarray | sp.spmatrix) -> np.ndarray:
+    """Intra-list diversity: mean over the pairs of a list of 1 - cosine (Ziegler et al. 2005, as a distance);
+    (n, K), (n, K), vectors (I, F) of unit or zero length -> (n,). A list of one item has 0.
+
+    The sum over pairs of v_i . v_j is (|sum v|^2 - sum |v|^2) / 2, so no pair is formed.
+    """
+    row, place = np.nonzero(real)
+    shown = sp.csr_matrix(
+        (np.ones(len(row), np.float32), (row, items[row, place])), shape=(len(items), vectors.shape[0])
+    )
+    total = shown @ vectors
+    own, whole = shown @ _squared_length(vectors), _squared_length(total)
+    pairs = real.sum(1) * (real.sum(1) - 1.0)
+    return np.where(pairs > 0, 1 - (whole - own) / np.maximum(pairs, 1), 0.0)
+
+
+def _squared_length(rows: Any) -> np.ndarray:
+    """|x|^2 of each row of a dense or sparse table: (n, F) -> (n,)."""
+    return np.asarray((rows.multiply(rows) if sp.issparse(rows) else rows * rows).sum(1)).reshape(-1)
+
+
+def _exposure(items: np.ndarray, real: np.ndarray, n_items: int) -> np.ndarray:
+    return np.bincount(items[real], minlength=n_items)

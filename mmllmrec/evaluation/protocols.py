@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.splits import Split
-from mmllmrec.evaluation.ranking import Ranking, rank
+from mmllmrec.evaluation.ranking import Ranking, find, frozen, rank, top
 
 ROWS = ("all", "warm", "cold", "cold only", "cold users")
 MASKS = ("train+valid", "train")
@@ -29,20 +29,24 @@ def rankings(
     """A ranking for each row of a table that the split has.
 
     ``all``: every positive. ``warm``, ``cold``: positives that have, have not, a training event, ranked among the whole
-    catalogue. ``cold only``: cold positives among cold items. ``cold users``: users without a training event.
+    catalogue. ``cold only``: cold positives among cold items. ``cold users``: users without a training event. Rows that
+    share their candidates share one ranking; embeddings are computed once.
     """
+    scorer = frozen(scorer)
+    users = np.flatnonzero(target.user_counts > 0)
+    lists = top(scorer, users, target.n_items, seen=seen, k=k, seed=seed)
     warm = split.warm_items
     is_warm = warm[target.items]
-    found = {"all": rank(scorer, target, seen=seen, k=k, seed=seed)}
+    found = {"all": find(lists, target)}
     if not is_warm.all():
         if is_warm.any():
-            found["warm"] = rank(scorer, target.select(is_warm), seen=seen, k=k, seed=seed)
+            found["warm"] = find(lists, target.select(is_warm))
         cold = target.select(~is_warm)
-        found["cold"] = rank(scorer, cold, seen=seen, k=k, seed=seed)
+        found["cold"] = find(lists, cold)
         found["cold only"] = rank(scorer, cold, seen=seen, k=k, seed=seed, candidates=~warm)
-    cold_users = np.flatnonzero(split.cold_users)
-    if np.isin(target.users, cold_users).any():
-        found["cold users"] = rank(scorer, target, seen=seen, k=k, seed=seed, users=cold_users)
+    of_cold_users = split.cold_users[target.users]
+    if of_cold_users.any():
+        found["cold users"] = find(lists, target.select(of_cold_users))
     return found
 
 

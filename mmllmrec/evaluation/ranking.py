@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,12 +19,46 @@ from mmllmrec.evaluation.metrics import compute
 from mmllmrec.seed import generator
 
 
+class Scorer(Protocol):
+    """What can be evaluated: ``score(users (B,)) -> (B, I)``, larger is better. ``embed() -> users (U, D), items
+    (I, D)``, whose inner products are the scores, does instead, and is preferred where both are there.
+
+    Optional: ``name`` and ``loss_name`` (for tables), ``with_history(Interactions)`` (k-shot curves) and
+    ``with_catalog(Catalog)`` (controls), each giving a scorer like this one that sees something else.
+    """
+
+    def score(self, users: np.ndarray) -> Tensor:
+        """Scores of all items for some users."""
+        ...
+
+
 @dataclass
-class Ranking:
-    """The first K places of n users: users (n,), items (n, K), hits (n, K) bool, positives (n,) how many to find."""
+class Frozen:
+    """Embeddings computed once, as a scorer: users (U, D), items (I, D)."""
+
+    name: str
+    users: Tensor
+    items: Tensor
+
+    def embed(self) -> tuple[Tensor, Tensor]:
+        """Users (U, D) and items (I, D)."""
+        return self.users, self.items
+
+
+@dataclass
+class Lists:
+    """The first K places of n users: users (n,) ascending, items (n, K), and real (n, K) bool, False where fewer than
+    K candidates were left."""
 
     users: np.ndarray
     items: np.ndarray
+    real: np.ndarray
+
+
+@dataclass
+class Ranking(Lists):
+    """Lists held against what was to be found: hits (n, K) bool, positives (n,) how many there were."""
+
     hits: Tensor
     positives: Tensor
 
@@ -38,6 +72,11 @@ def name_of(scorer: Any) -> str:
     return str(getattr(scorer, "name", type(scorer).__name__))
 
 
+def frozen(scorer: Any) -> Any:
+    """The scorer with its embeddings computed now, so that several rankings share them; itself without ``embed``."""
+    return Frozen(name_of(scorer), *scorer.embed()) if hasattr(scorer, "embed") else scorer
+
+
 def rank(
     scorer: Any,
     positives: Interactions,
@@ -49,33 +88,44 @@ def rank(
     seed: int = 0,
     block: int = 2048,
 ) -> Ranking:
-    """Rank all items for each user who has a positive.
-
-    ``scorer`` has ``embed() -> users (U, D), items (I, D)`` or ``score(users) -> (B, I)``. ``seen`` (U, I) entries are
-    masked with -inf; ``candidates`` (I,) bool limits items and positives alike; ``users`` limits the users. Equal
-    scores are ordered by one permutation of the items drawn from ``seed``, so a constant scorer ranks at random. A
-    masked item never counts, even where fewer than K items are left. Raises ``DataError`` naming the scorer when a
-    score is NaN.
-    """
-    n_items = positives.n_items
-    wanted = positives.csr if candidates is None else positives.csr @ sp.diags(candidates.astype(np.float32))
-    wanted = wanted.tocsr()
-    wanted.eliminate_zeros()
-    counts = np.diff(wanted.indptr)
-    chosen = np.flatnonzero(counts > 0)
+    """Rank all items for each user who has a positive (among ``candidates``), and mark the hits: ``top``, then
+    ``find``. ``users`` limits the users."""
+    if candidates is not None:
+        positives = positives.select(candidates[positives.items])
+    chosen = np.flatnonzero(positives.user_counts > 0)
     if users is not None:
         chosen = np.intersect1d(chosen, users)
+    lists = top(scorer, chosen, positives.n_items, seen=seen, k=k, candidates=candidates, seed=seed, block=block)
+    return find(lists, positives)
+
+
+def top(
+    scorer: Any,
+    users: np.ndarray,
+    n_items: int,
+    *,
+    seen: sp.csr_matrix | None,
+    k: int = 50,
+    candidates: np.ndarray | None = None,
+    seed: int = 0,
+    block: int = 2048,
+) -> Lists:
+    """The first k candidate items of each of ``users`` (n,) ascending.
+
+    ``seen`` (U, I) entries are masked with -inf, as is what is outside ``candidates`` (I,) bool. Equal scores are
+    ordered by one permutation of the items drawn from ``seed``, so a constant scorer ranks at random. A masked item is
+    never real, even where fewer than k items are left. Raises ``DataError`` naming the scorer when a score is NaN.
+    """
     order = generator(seed, "ties").permutation(n_items)  # column j of the permuted scores is item order[j]
     column = np.empty(n_items, dtype=np.int64)
     column[order] = np.arange(n_items)
     outside = None if candidates is None else torch.from_numpy(~candidates[order])
     k = min(k, n_items)
-    wanted_cells = np.sort(np.repeat(np.arange(positives.n_users), counts) * n_items + wanted.indices)
-    top = np.zeros((len(chosen), k), dtype=np.int64)
-    valid = np.zeros((len(chosen), k), dtype=bool)
+    items = np.zeros((len(users), k), dtype=np.int64)
+    real = np.zeros((len(users), k), dtype=bool)
     start = 0
-    for scores in _blocks(scorer, chosen, order, block):
-        part = chosen[start : start + len(scores)]
+    for scores in _blocks(scorer, users, order, block):
+        part = users[start : start + len(scores)]
         if bool(torch.isnan(scores).any()):
             raise DataError(f"{name_of(scorer)} gives NaN scores: its training diverged or an input was not finite")
         if seen is not None:
@@ -85,13 +135,22 @@ def rank(
         if outside is not None:
             scores[:, outside] = -torch.inf
         value, index = _top(scores, k)
-        top[start : start + len(part)] = order[index.numpy()]
-        valid[start : start + len(part)] = torch.isfinite(value).numpy()
+        items[start : start + len(part)] = order[index.numpy()]
+        real[start : start + len(part)] = torch.isfinite(value).numpy()
         start += len(part)
-    cells = chosen[:, None] * n_items + top
-    place = np.minimum(np.searchsorted(wanted_cells, cells), max(len(wanted_cells) - 1, 0))
-    hits = (wanted_cells[place] == cells) & valid if len(wanted_cells) else np.zeros_like(valid)
-    return Ranking(chosen, top, torch.from_numpy(hits), torch.from_numpy(counts[chosen].astype(np.int64)))
+    return Lists(users, items, real)
+
+
+def find(lists: Lists, positives: Interactions) -> Ranking:
+    """Which places hold a positive, for those users of ``lists`` who have one."""
+    chosen = np.intersect1d(lists.users, np.flatnonzero(positives.user_counts > 0))
+    rows = np.searchsorted(lists.users, chosen)
+    items, real = lists.items[rows], lists.real[rows]
+    wanted = np.sort(positives.users * positives.n_items + positives.items)
+    cells = chosen[:, None] * positives.n_items + items
+    place = np.minimum(np.searchsorted(wanted, cells), max(len(wanted) - 1, 0))
+    hits = (wanted[place] == cells) & real if len(wanted) else np.zeros_like(real)
+    return Ranking(chosen, items, real, torch.from_numpy(hits), torch.from_numpy(positives.user_counts[chosen]))
 
 
 def _blocks(scorer: Any, users: np.ndarray, order: np.ndarray, block: int) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from collections.abc import Sequence
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from safetensors.torch import save_file
 
-from mmllmrec.data.interactions import DataError
+from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.splits import Split
+from mmllmrec.evaluation import metrics
+from mmllmrec.evaluation.controls import controls_of
 from mmllmrec.evaluation.floors import ContentKNN, Popularity, Random
 from mmllmrec.evaluation.metrics import METRICS
 from mmllmrec.evaluation.protocols import harmonic, rankings, seen_matrix
@@ -42,6 +46,7 @@ def evaluate(
     mask: str = "train+valid",
     ks: tuple[int, ...] = (5, 10, 20, 50),
     floors: bool = True,
+    controls: bool | Sequence[str] = False,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -49,29 +54,43 @@ def evaluate(
 
     ``on="test"`` opens the sealed part, and the card says how often that has been done; choose on ``"valid"``. At test,
     train and validation positives are masked (``mask="train"``: train's alone). A planted dataset brings its oracle.
-    ``folder`` saves the report. Raises ``DataError`` when two systems share a name.
+    ``controls`` adds rows of ``system`` with a modality gone, shuffled or random at scoring time: True for all, or some
+    by name (``["without image", "shuffled text"]``). ``folder`` saves the report. Raises ``DataError`` when two systems
+    share a name.
     """
     began = time.perf_counter()
     seen = seen_matrix(split, on=on, mask=mask)
     target = split.open_test() if on == "test" else split.valid
-    systems = [system, *against]
+    systems = [system, *controls_of(scorer_of(system), split.catalog, controls, seed=seed), *against]
+    content = ContentKNN(split.train, catalog=split.catalog) if split.catalog.modalities else None
     if floors:
         systems += [Random(split.train, seed=seed), Popularity(split.train)]
-        if split.catalog.modalities:
-            systems.append(ContentKNN(split.train, catalog=split.catalog))
+        if content is not None:
+            systems.append(content)
     if hasattr(split.data, "oracle"):
         systems.append(split.data.oracle())
     names = [name_of(s) for s in systems]
     twice = [n for n in names if names.count(n) > 1]
     if twice:
         raise DataError(f"two systems are called {twice[0]!r}: give one another name (its .name)")
+    # what two items of a list have in common: content where there is some, else the users who took both
+    vectors = content.vectors() if content is not None else _takers(split.train)
+    counts, n_users, n_items = split.train.item_counts, split.train.n_users, split.train.n_items
     values: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    shown: dict[str, dict[str, float]] = {}
     users: dict[str, np.ndarray] = {}
     for one, name in zip(systems, names, strict=True):
         found = rankings(scorer_of(one), split, target, seen=seen, k=max(ks), seed=seed)
         for row, ranking in found.items():
             values[name, row] = {f"{m}@{k}": ranking.per_user(f"{m}@{k}") for m in METRICS for k in ks}
             users[row] = ranking.users
+        lists = found["all"]
+        for k in ks:
+            items, real = lists.items[:, :k], lists.real[:, :k]
+            values[name, "all"][f"novelty@{k}"] = metrics.novelty(items, real, counts, n_users)
+            values[name, "all"][f"diversity@{k}"] = metrics.diversity(items, real, vectors)
+            shown.setdefault(name, {})[f"coverage@{k}"] = metrics.coverage(items, real, n_items)
+            shown[name][f"gini@{k}"] = metrics.gini(items, real, n_items)
     card = RunCard(
         kind="evaluate",
         name=names[0],
@@ -84,10 +103,16 @@ def evaluate(
         test_opened=split.test_opened,
     )
     about = {n: _about(s) for n, s in zip(names, systems, strict=True)}
-    report = Report(names, values, users, about, card)
+    report = Report(names, values, users, about, card, shown)
     if folder is not None:
         report.save(folder)
     return report
+
+
+def _takers(train: Interactions) -> sp.csr_matrix:
+    """Items described by who took them: (I, U) of unit or zero length."""
+    length = np.sqrt(np.maximum(train.item_counts, 1)).astype(np.float32)
+    return (sp.diags(1 / length) @ train.csr.T).tocsr()
 
 
 def _about(system: Any) -> dict[str, Any]:
@@ -109,15 +134,18 @@ class Report:
         users: dict[str, np.ndarray],
         about: dict[str, dict[str, Any]],
         card: RunCard,
+        shown: dict[str, dict[str, float]],
     ):
         self.names, self.values, self.users, self.about, self.card = names, values, users, about, card
+        self.shown = shown  # coverage and Gini of all lists together: they have no value a user
         self.path: Path | None = None
         card.metrics = {
             f"{system} | {row} | {metric}": [self.mean(system, row, metric), *interval(v)]
-            for (system, row), metrics in values.items()
-            for metric, v in metrics.items()
+            for (system, row), found in values.items()
+            for metric, v in found.items()
             if len(v) > 1
         }
+        card.metrics |= {f"{system} | all | {m}": [v] for system, found in shown.items() for m, v in found.items()}
 
     @property
     def rows(self) -> list[str]:
@@ -138,8 +166,8 @@ class Report:
     def frame(self) -> pd.DataFrame:
         """Everything, one row a (system, row, metric): mean, 95% interval, number of users."""
         rows = []
-        for (system, row), metrics in self.values.items():
-            for metric, v in metrics.items():
+        for (system, row), found in self.values.items():
+            for metric, v in found.items():
                 low, high = interval(v)
                 rows.append([system, row, metric, v.mean(), low, high, len(v)])
         return pd.DataFrame(rows, columns=["system", "row", "metric", "mean", "low", "high", "users"])
@@ -161,6 +189,18 @@ class Report:
                     line[f"{row}, of oracle"] = f"{self.mean(name, row, metric) / ceiling:.0%}" if ceiling > 0 else "-"
             line["trained parameters"] = f"{self.about[name]['trained']:,}"
             line["fit seconds"] = f"{self.about[name]['seconds']:.0f}"
+            lines.append(line)
+        return pd.DataFrame(lines).set_index("system")
+
+    def beyond(self, k: int = 20) -> pd.DataFrame:
+        """What the lists are like, right or wrong: a line a system, the columns of ``evaluation.metrics`` on row
+        ``all``. coverage: share of the catalogue shown to anyone; Gini: 0 all items alike; novelty in bits; diversity:
+        1 - mean cosine of content within a list."""
+        lines = []
+        for name in self.names:
+            line: dict[str, Any] = {"system": name}
+            line |= {m: self.shown[name][f"{m}@{k}"] for m in ("coverage", "gini")}
+            line |= {m: self.mean(name, "all", f"{m}@{k}") for m in ("novelty", "diversity")}
             lines.append(line)
         return pd.DataFrame(lines).set_index("system")
 
@@ -222,4 +262,21 @@ class Report:
         return f"ndcg@20 on {s.settings['on']} of {s.split['name']}({s.data}), test opened {s.test_opened}x{where}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._heading()}</p>" + self.table().to_html()
+        """The table with the best of each row in bold, systems that cannot be had (the oracle) and controls in grey."""
+        table = self.table()
+        rivals = [n for n in self.names if n != "Oracle" and ", " not in n]
+        bold = {row: max(rivals, key=lambda n, row=row: self.mean(n, row)) for row in self.rows}  # type: ignore[misc]
+        if HARMONIC in table:
+            bold[HARMONIC] = max(rivals, key=lambda n: self.mean(n, HARMONIC))
+        lines = []
+        for name, cells in table.iterrows():
+            shade = "" if name in rivals else " style='color:#888'"
+            inner = "".join(
+                f"<td><b>{html.escape(str(v))}</b></td>"
+                if bold.get(str(c)) == name
+                else f"<td>{html.escape(str(v))}</td>"
+                for c, v in cells.items()
+            )
+            lines.append(f"<tr{shade}><th style='text-align:left'>{html.escape(str(name))}</th>{inner}</tr>")
+        head = "".join(f"<th>{html.escape(str(c))}</th>" for c in ["system", *table.columns])
+        return f"<p>{html.escape(self._heading())}</p><table><tr>{head}</tr>{''.join(lines)}</table>"

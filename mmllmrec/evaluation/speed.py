@@ -5,9 +5,11 @@ Legend: U users, I items, D width, K places.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,14 +18,23 @@ import torch
 from mmllmrec.data.interactions import IdMap, Interactions
 from mmllmrec.evaluation.metrics import METRICS
 from mmllmrec.evaluation.ranking import rank
+from mmllmrec.runcard import RunCard
 from mmllmrec.seed import generator
 
 
 def speed(
-    *, users: int = 19_445, items: int = 7_050, events: int = 118_551, dim: int = 64, k: int = 50, repeats: int = 5
+    *,
+    users: int = 19_445,
+    items: int = 7_050,
+    events: int = 118_551,
+    dim: int = 64,
+    k: int = 50,
+    repeats: int = 5,
+    folder: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Users ranked and measured per second beside the bare matrix product and top-k of the same shapes, medians of
-    ``repeats``; the last column is our time over that floor."""
+    ``repeats``; the last column is our time over that floor. ``folder`` gets ``card.json`` and ``table.txt``."""
+    started = time.perf_counter()
     rng = generator(0, "speed")
     key = np.sort(rng.choice(users * items, size=events + users, replace=False))
     ids = IdMap(range(users), what="user id"), IdMap(range(items), what="item id")
@@ -52,7 +63,20 @@ def speed(
     times = {"evaluator": _median(ours, repeats), "matrix product and top-k": _median(floor, repeats)}
     base = times["matrix product and top-k"]
     lines = [(name, t, round(len(ranked) / t), round(t / base, 2)) for name, t in times.items()]
-    return pd.DataFrame(lines, columns=["what", "seconds", "users per second", "over the floor"])
+    frame = pd.DataFrame(lines, columns=["what", "seconds", "users per second", "over the floor"])
+    if folder is not None:
+        card = RunCard(
+            kind="bench",
+            name="eval",
+            seed=0,
+            data=f"planted: {users:,} users, {items:,} items, {events:,} seen events, {len(ranked):,} users ranked",
+            settings={"dim": dim, "k": k, "repeats": repeats, "threads": torch.get_num_threads()},
+            metrics={name: dict(zip(frame.columns[1:], values, strict=True)) for name, *values in lines},
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        card.save(Path(folder) / "card.json")
+        (Path(folder) / "table.txt").write_text(frame.to_string(index=False) + "\n", encoding="utf-8")
+    return frame
 
 
 def _median(work: Callable[[], None], repeats: int) -> float:

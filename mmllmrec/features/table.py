@@ -13,6 +13,7 @@ import scipy.linalg
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError
+from mmllmrec.runcard import content_hash
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,11 @@ class FeatureTable:
     def widths(self) -> dict[str, int]:
         """D_m of each modality."""
         return {m: t.shape[1] for m, t in self.tables.items()}
+
+    @property
+    def hash(self) -> str:
+        """Hash of all tables, by modality, and of who has what."""
+        return content_hash(*(part for m, t in self.tables.items() for part in (m, t)), self.presence)
 
     def concatenated(self) -> np.ndarray:
         """All modalities side by side, (I, F) float32; absent ones are zero."""

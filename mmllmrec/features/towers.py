@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,42 @@ def load_language(source: str) -> Language:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         raise DataError(f"language model {source!r} cannot be loaded: {error}") from error
+    for part in model.modules():  # frozen weights under small adapters need no dropout, which doubles a step on a CPU
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
     causal = not extra and not getattr(config, "is_encoder_decoder", False)
     return Language(model, tokenizer, causal, config.hidden_size, weights_hash(model))
+
+
+class _Through(nn.Module):
+    """Stands where a model embeds its input, for one whose input is already inside."""
+
+    def forward(self, *, inputs_embeds: Tensor, **rest: Any) -> Tensor:
+        return inputs_embeds
+
+
+def layers_of(model: nn.Module, first: int, last: int | None = None) -> Any:
+    """The layers first..last of a language model as a model of its own, on the same weights.
+
+    Called with ``inputs_embeds`` (B, L, W) and ``attention_mask`` (B, L): without ``first`` these are input embeddings,
+    otherwise what the layers below gave (before any final norm). Two parts, one after the other, give exactly what the
+    whole model gives. For models with ``layers`` and ``norm`` (the Llama and Qwen families) and for ``encoder.layer``
+    (BERT's); raises ``DataError`` for others.
+    """
+
+    def shell(module: nn.Module, **parts: nn.Module) -> nn.Module:
+        other = copy.copy(module)
+        other._modules = {**module._modules, **parts}
+        return other
+
+    inner: Any = model
+    if hasattr(inner, "layers") and hasattr(inner, "norm"):
+        chosen = inner.layers[first:last]
+        return shell(inner, layers=chosen, **({"norm": nn.Identity()} if last is not None else {}))
+    if hasattr(inner, "encoder") and hasattr(inner.encoder, "layer"):
+        encoder = shell(inner.encoder, layer=inner.encoder.layer[first:last])
+        return shell(inner, encoder=encoder, **({"embeddings": _Through()} if first else {}))
+    raise DataError(f"soft tokens cannot enter inside a {type(model).__name__}: its layers are not known; use enter=0")
 
 
 def weights_hash(module: nn.Module) -> str:

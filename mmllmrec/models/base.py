@@ -58,6 +58,11 @@ class Recommender(nn.Module):
         """Where the parameters are; the CPU for a model without any."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    def provenance(self) -> dict[str, Any]:
+        """What besides its configuration decides this model's numbers (hashes of features, towers, prompt), for the
+        run card."""
+        return {}
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -20,6 +20,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, log_inclusion
 from mmllmrec.encoders.backbone import Backbone, Items, tokenise, unit
+from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.towers import load_language, load_vision
@@ -31,19 +32,21 @@ from mmllmrec.shipped import shipped
 @dataclass(frozen=True)
 class Preset:
     """Which towers, and what trains in them. ``vision`` and ``language``: a folder, a hub name (see
-    ``features.towers``) or ``"nano"``, the shipped towers; ``lora_layers``: language layers with LoRA, None for all."""
+    ``features.towers``) or ``"nano"``, the shipped towers; ``enter``: the language layer where soft tokens come in, all
+    below it frozen (``encoders.Backbone``); ``lora_layers``: language layers with LoRA, None for all from ``enter``."""
 
     vision: str = "nano"
     language: str = "nano"
     tokens: int = 48  # a row's longest, soft tokens included
     soft: int = 4
     rank: int = 8
+    enter: int = 0
     lora_layers: tuple[int, ...] | None = None
 
 
 PRESETS = {
     "nano": Preset(),
-    "minilm": Preset(language="minilm", tokens=32, lora_layers=(4, 5)),
+    "minilm": Preset(language="minilm", tokens=32, enter=4),
     "base": Preset(vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8),
 }
 
@@ -51,11 +54,12 @@ PRESETS = {
 class Unified(Recommender):
     """One backbone from pixels and words to recommendations, LoRA on both towers.
 
-    q_i = c_i + present_i * id_i, where c is ``encoders.Backbone``'s content and an item's ID is present when it has a
-    training event; in training it is dropped with probability ``id_dropout``, so that content learns to stand alone.
+    q_i = c_i / |c_i| + present_i * id_i, where c is ``encoders.Backbone``'s content and an item's ID is present when it
+    has a training event; in training it is dropped with probability ``id_dropout``, so that content learns to stand
+    alone. IDs of users and items are smoothed over the graph of training events (``encoders.LightGraph``).
     score(u, i) = cos(p_u, q_i) / temperature, learned. Loss: in-batch sampled softmax over the batch's distinct items,
     corrected by log(1 - (1 - p)^B), with the user's other training positives and copies of the positive (same words and
-    picture) masked. Users are ID embeddings here: one without a training event scores every item the same.
+    picture) masked. A user is its smoothed ID here: one without a training event scores every item the same.
     """
 
     supports_cold_items: ClassVar[bool] = True
@@ -79,10 +83,13 @@ class Unified(Recommender):
         preset: Preset | dict[str, Any] = PRESETS["nano"],
         dim: int = 64,
         id_dropout: float = 0.3,
+        graph_layers: int = 2,
         prompt: str = "item",
     ):
         preset = Preset(**preset) if isinstance(preset, dict) else preset
-        super().__init__(train, preset=asdict(preset), dim=dim, id_dropout=id_dropout, prompt=prompt)
+        super().__init__(
+            train, preset=asdict(preset), dim=dim, id_dropout=id_dropout, graph_layers=graph_layers, prompt=prompt
+        )
         if catalog.item_ids != train.item_ids:
             raise DataError("Unified: the catalogue's item ids are not those of the training events")
         nano = shipped("adapters/nano-base") if "nano" in (preset.vision, preset.language) else Path()
@@ -92,8 +99,16 @@ class Unified(Recommender):
         self.preset, self.prompt, self.catalog = preset, load_prompt(prompt), catalog
         self._vision.model = adapters.attach(self._vision.model, rank=preset.rank, kind="vision")
         layers = None if preset.lora_layers is None else list(preset.lora_layers)
+        language: Any = self._language.model
+        depth = int(language.config.num_hidden_layers)
+        if not 0 <= preset.enter < depth:
+            raise DataError(f"enter={preset.enter}: the language model has layers 0 to {depth - 1}")
+        if layers is None and preset.enter:
+            layers = list(range(preset.enter, depth))
+        if layers is not None and min(layers, default=preset.enter) < preset.enter:
+            raise DataError(f"lora_layers={layers}: a LoRA below enter={preset.enter} would never be reached")
         self._language.model = adapters.attach(self._language.model, rank=preset.rank, kind="language", layers=layers)
-        self.backbone = Backbone(self._vision, self._language, dim=dim, soft=preset.soft)
+        self.backbone = Backbone(self._vision, self._language, dim=dim, soft=preset.soft, enter=preset.enter)
         if (preset.vision, preset.language, preset.soft) == ("nano", "nano", 4):
             state = read_tensors(nano / "resampler.safetensors")
             self.backbone.read.data.copy_(state.pop("read"))
@@ -101,7 +116,8 @@ class Unified(Recommender):
         self.item_ids_table = nn.Embedding(self.n_items, dim)
         self.user_ids_table = nn.Embedding(self.n_users, dim)
         nn.init.normal_(self.item_ids_table.weight, std=0.3 / dim**0.5)
-        nn.init.normal_(self.user_ids_table.weight, std=1.0 / dim**0.5)
+        nn.init.normal_(self.user_ids_table.weight, std=0.3 / dim**0.5)
+        self.graph = LightGraph(train, layers=graph_layers)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.id_dropout = id_dropout
         self.modalities = tuple(m for m in ("image", "text") if m in catalog.modalities)
@@ -133,7 +149,10 @@ class Unified(Recommender):
         shape = (len(catalog), 3, size, size)
         pixels = catalog.pixels(size) if "image" in catalog.modalities else np.zeros(shape, np.uint8)
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
-        self.items = Items(torch.from_numpy(pixels.copy()), tokens, words, image, text)
+        states = None
+        if self.preset.enter:  # what frozen layers say of an item is computed once
+            states = torch.cat([self.backbone.below(t.to(self.device)).cpu() for t in tokens.split(256)])
+        self.items = Items(torch.from_numpy(pixels.copy()), tokens, words, image, text, states)
         looks: dict[Any, int] = {}
         same = [
             looks.setdefault((f["title"], f["text"], p.tobytes()), i)
@@ -156,40 +175,47 @@ class Unified(Recommender):
         return [{"params": ids, "lr": 5 * lr, "name": "ids"}, {"params": rest, "lr": lr, "name": "adapters and heads"}]
 
     def content(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Content of some items, (C,) -> (C, D) and the backbone's parts."""
-        taken = self.items.take(index.cpu())
-        moved = Items(*(getattr(taken, f).to(self.device) for f in ("pixels", "tokens", "words", "image", "text")))
-        content, parts = self.backbone(moved)
-        return content, parts
+        """Content of some items, (C,) -> (C, D) of unit length, and the backbone's parts."""
+        content, parts = self.backbone(self.items.take(index.cpu()).to(self.device))
+        return unit(content), parts
 
-    def encode(self, index: Tensor) -> Tensor:
-        """Items (C,) -> q (C, D): content, and the ID where present."""
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """ID embeddings of users (U, D) and items (I, D), smoothed over the graph of the training events."""
+        users, items = self.graph(self.user_ids_table.weight, self.item_ids_table.weight)
+        return users, items
+
+    def encode(self, index: Tensor, ids: Tensor) -> Tensor:
+        """Items (C,) with all items' IDs (I, D) -> q (C, D): content, and the ID where present."""
         content, _ = self.content(index)
         present = self.item_present[index]
         if self.training and self.id_dropout:
             present = present & (torch.rand(len(index), device=index.device) >= self.id_dropout)
-        return content + present[:, None] * self.item_ids_table(index)
+        return content + present[:, None] * ids[index]
 
-    def users(self) -> Tensor:
-        """p (U, D) of unit length; zero for users without a training event."""
-        return unit(self.user_ids_table.weight) * self.user_present[:, None]
+    def tastes(self, ids: Tensor) -> Tensor:
+        """Users' IDs (U, D) -> p (U, D) of unit length; zero for users without a training event."""
+        return unit(ids) * self.user_present[:, None]
 
     def forward(self) -> tuple[Tensor, Tensor]:
         blocks = torch.arange(self.n_items, device=self.device).split(512)
-        items = torch.cat([unit(self.encode(b)) for b in blocks])
-        return self.users() * self.log_scale.clamp(max=4.6).exp(), items
+        users, ids = self.ids()
+        items = torch.cat([unit(self.encode(b, ids)) for b in blocks])
+        return self.tastes(users) * self.log_scale.clamp(max=4.6).exp(), items
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The in-batch sampled softmax of the class's docstring."""
         items, target = batch.items.unique(return_inverse=True)
-        q, p = unit(self.encode(items)), self.users()[batch.users]
+        users, ids = self.ids()
+        q, p = unit(self.encode(items, ids)), self.tastes(users)[batch.users]
         where = items.cpu().numpy()
         taken = self.train_data.csr[batch.users.cpu().numpy()][:, where].toarray() > 0
         same = self.same[items.cpu()]
         mask = torch.from_numpy(taken) | (same[target.cpu()][:, None] == same[None])
-        log_q = torch.from_numpy(log_inclusion(self.train_data.item_counts, len(batch))[where])
+        log_q = None  # blocks of items are a uniform sample of candidates
+        if not batch.by_item:
+            log_q = torch.from_numpy(log_inclusion(self.train_data.item_counts, len(batch))[where]).to(q.device)
         scale = self.log_scale.clamp(max=4.6).exp()
-        value = losses.sampled_softmax(p * scale, q, target, log_q=log_q.to(q.device), mask=mask.to(q.device))
+        value = losses.sampled_softmax(p * scale, q, target, log_q=log_q, mask=mask.to(q.device))
         return {"softmax": value}
 
     def log_candidates(self, batch: Batch) -> float:
@@ -198,6 +224,11 @@ class Unified(Recommender):
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
+    def provenance(self) -> dict[str, Any]:
+        """Hashes of the towers' weights, of the prompt and of the content that was read."""
+        prompt = {"id": self.prompt.id, "version": self.prompt.version, "hash": self.prompt.hash}
+        return {"base": self.base_hash, "prompt": prompt, "catalog": self.catalog.hash}
+
     def weights(self) -> dict[str, Tensor]:
         """Everything that is not a tower: heads, resampler, gate, ID tables. LoRA is saved in PEFT's format beside."""
         towers = ("backbone.vision.", "backbone.language.")
@@ -205,7 +236,7 @@ class Unified(Recommender):
 
     def _write(self, folder: Path) -> None:
         super()._write(folder)
-        about = {"base": self.base_hash, "prompt": self.prompt.hash, "catalog": self.catalog.hash}
+        about = self.provenance()
         for name in ("vision", "language"):
             source = getattr(self.preset, name)
             card = {"base_model": source, "rank": self.preset.rank, "trained_on_events": self.train_data.hash, **about}
@@ -218,7 +249,7 @@ class Unified(Recommender):
             raise DataError(f"{folder}: a Unified reads items' content; pass catalog=")
         model = cls(train, catalog=catalog, **about["config"])
         base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
-        if (base["base"], base["prompt"]) != (model.base_hash, model.prompt.hash):
+        if (base["base"], base["prompt"]["hash"]) != (model.base_hash, model.prompt.hash):
             raise DataError(f"{folder} was trained on other tower weights or another prompt than are installed here")
         for name in ("vision", "language"):
             adapters.load(getattr(model.backbone, name), folder / "adapters" / name)

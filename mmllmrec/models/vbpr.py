@@ -104,6 +104,10 @@ class VBPR(Recommender):
         other._use(table.like(self.features))
         return other.to(self.device)
 
+    def provenance(self) -> dict[str, Any]:
+        """The hash of the features it reads."""
+        return {"features": self.features.hash}
+
     def weights(self) -> dict[str, Tensor]:
         """Parameters, and the features with the maps that made them."""
         arrays = self.features.arrays()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.data.sampling import Batch, epoch
+from mmllmrec.data.sampling import Batch, blocks_of, epoch, item_blocks
 from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.protocols import validation_score
 from mmllmrec.models.base import Recommender
@@ -65,6 +65,7 @@ def fit(
     *,
     epochs: int = 50,
     batch_size: int = 2048,
+    item_batch: int | None = None,
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     schedule: str = "constant",
@@ -85,18 +86,25 @@ def fit(
     AdamW over ``model.parameter_groups(lr)``; ``schedule`` is ``"constant"`` or ``"cosine"`` (to zero), after a linear
     ``warmup`` (share of all steps); ``clip`` bounds the gradient's norm. Every ``eval_every`` epochs ``monitor`` is
     measured at full precision; ``patience`` is how many measurements without a better one end the run.
-    ``batch_size`` is that of all processes together. With ``folder``, a checkpoint is written after every epoch (and
-    every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result. ``log_with`` is
-    any tracker of Accelerate. A model in closed form is only measured.
+    ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
+    items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
+    every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result.
+    ``log_with`` is any tracker of Accelerate. A model in closed form is only measured.
 
-    Raises ``DataError`` when a loss term is not finite, and when ``folder`` holds a checkpoint of other settings.
+    Raises ``DataError`` when a loss term is not finite, when ``folder`` holds a checkpoint of other settings, and for
+    ``item_batch`` with a model that samples negatives.
     """
+    if item_batch is not None and (item_batch < 2 or model.negatives):
+        raise DataError(
+            f"item_batch={item_batch}: two items or more, and a model with an in-batch loss; use batch_size"
+        )
     if schedule not in ("constant", "cosine"):
         raise DataError(f"schedule={schedule!r}: use 'constant' or 'cosine'")
     began = time.perf_counter()
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,
+        "item_batch": item_batch,
         "lr": lr,
         "weight_decay": weight_decay,
         "schedule": schedule,
@@ -111,8 +119,9 @@ def fit(
         name=model.name,
         seed=seed,
         data=split.data.name,
+        loaded=split.data.about.get("loaded", {}),
         split=split.describe(),
-        model={"class": type(model).__name__, "config": model.config},
+        model={"class": type(model).__name__, "config": model.config, **model.provenance()},
         settings=settings,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         test_opened=split.test_opened,
@@ -134,7 +143,10 @@ def fit(
     )
     loss_of, optimiser = accelerator.prepare(_Loss(model), inner)
     base = [group["lr"] for group in inner.param_groups]
-    steps_an_epoch = math.ceil(len(split.train) / batch_size)
+    if item_batch is None:
+        steps_an_epoch = math.ceil(len(split.train) / batch_size)
+    else:
+        steps_an_epoch = blocks_of(split.train, item_batch)
     total = epochs * steps_an_epoch
 
     same = {**settings, "seed": seed, "split": split.hash, "model": card.model}
@@ -177,16 +189,18 @@ def fit(
     while state["epoch"] < epochs and not (patience is not None and state["bad"] >= patience):
         number = state["epoch"]
         # an epoch's batches depend on seed and number alone: a run cut off in the middle draws the same ones again
-        batches = epoch(
-            split.train, batch_size=batch_size, negatives=model.negatives, rng=generator(seed, "epoch", number)
-        )
+        rng = generator(seed, "epoch", number)
+        if item_batch is None:
+            batches = epoch(split.train, batch_size=batch_size, negatives=model.negatives, rng=rng)
+        else:
+            batches = item_blocks(split.train, size=item_batch, rng=rng)
         model.train()
         for position, batch in enumerate(batches):
             if position < state["step"]:
                 continue
             for group, full in zip(inner.param_groups, base, strict=True):
                 group["lr"] = full * factor(number * steps_an_epoch + position, total, schedule, warmup)
-            share = _share(batch, rank, world).to(accelerator.device)
+            share = batch.share(rank, world).to(accelerator.device)
             terms = loss_of(share)
             loss = torch.stack(list(terms.values())).sum()
             if not bool(torch.isfinite(loss)):
@@ -246,14 +260,6 @@ def factor(step: int, total: int, schedule: str, warmup: float) -> float:
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(total - first, 1)))
-
-
-def _share(batch: Batch, rank: int, world: int) -> Batch:
-    """This process's rows of a global batch."""
-    if world == 1:
-        return batch
-    negatives = None if batch.negatives is None else batch.negatives[rank::world]
-    return Batch(batch.users[rank::world], batch.items[rank::world], negatives)
 
 
 def _postfix(model: Recommender, batch: Batch, loss: Tensor, number: int, best: float, monitor: str) -> dict[str, str]:

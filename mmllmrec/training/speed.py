@@ -1,0 +1,178 @@
+"""How fast and how large training is: each baseline in a process of its own, on a planted set of Amazon Baby's size.
+
+Legend: U users, I items, N events, D width of the planted taste.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+
+from mmllmrec import models
+from mmllmrec.data import splits
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.dataset import RecDataset
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.data.splits import TEST, TRAIN, VALID, Split
+from mmllmrec.runcard import RunCard, peak_memory_mb
+from mmllmrec.seed import generator, seed_everything
+from mmllmrec.training.fit import fit
+
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BPR": ("BPR", {}),
+    "VBPR": ("VBPR", {"feature_dim": 64}),
+    "LightGCN, 1 layer": ("LightGCN", {"layers": 1}),
+    "LightGCN, 2 layers": ("LightGCN", {"layers": 2}),
+    "ItemKNN": ("ItemKNN", {}),
+    "EASE": ("EASE", {}),
+}
+FIT = {"batch_size": 2048, "lr": 5e-3}
+BUILD, EPOCH, SAMPLES, PEAK = "build seconds", "seconds per epoch", "samples per second", "peak memory MiB"
+
+
+def speed(
+    *,
+    users: int = 19_445,
+    items: int = 7_050,
+    events: int = 118_551,
+    widths: tuple[int, int] = (4096, 384),
+    systems: Sequence[str] = tuple(SYSTEMS),
+    repeats: int = 5,
+    threads: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """Seconds to build, seconds per epoch, training events per second and peak memory of each system; a row a system.
+
+    The data is ``planted(users, items, ...)``. An epoch is what ``fit`` takes for one, its sampling included and
+    validation left out: the median of ``repeats``, after one to warm up. Build seconds are the constructor's: VBPR's
+    hold the whitening of its features to 64 columns a modality, which happens once; a closed form is computed in them,
+    and has no epoch. Peak memory (MiB) is the resident set of the process, interpreter, libraries and data included.
+    ``threads`` is how many each process computes with, the libraries' own choice where not given: pass 1 on a machine
+    that others use, where threads that wait for one another take many times longer. ``folder`` gets ``card.json``, with
+    every epoch and the machine's load beforehand, and ``table.txt``. Raises ``DataError`` for an unknown system and for
+    ``repeats`` or ``threads`` below 1, and ``RuntimeError`` when a measuring process fails.
+    """
+    unknown = [s for s in systems if s not in SYSTEMS]
+    if unknown:
+        raise DataError(f"unknown system {unknown[0]!r}; systems are {list(SYSTEMS)}")
+    if repeats < 1:
+        raise DataError(f"repeats={repeats}: time at least one epoch")
+    if threads is not None and threads < 1:
+        raise DataError(f"threads={threads}: give one or more, or None for the libraries' own choice")
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    size = {"users": users, "items": items, "events": events, "widths": list(widths)}
+    found = {s: _apart({"system": s, "size": size, "repeats": repeats}, threads) for s in systems}
+    columns = [BUILD, EPOCH, SAMPLES, PEAK]
+    lines = [[s, *(one[c] for c in columns)] for s, one in found.items()]
+    frame = pd.DataFrame(lines, columns=["system", *columns], dtype=object)
+    if folder is not None:
+        card = RunCard(
+            kind="bench",
+            name="train",
+            seed=0,
+            data=f"planted: {users:,} users, {items:,} items, {events:,} training events, features {widths}, float32",
+            model={s: {"class": SYSTEMS[s][0], "config": SYSTEMS[s][1]} for s in systems},
+            settings={**FIT, "repeats": repeats, "threads": threads or torch.get_num_threads(), "load": round(load, 2)},
+            metrics=found,
+            seconds=round(time.perf_counter() - began, 3),
+            peak_memory_mb=max(one[PEAK] for one in found.values()),
+        )
+        card.save(Path(folder) / "card.json")
+        (Path(folder) / "table.txt").write_text(frame.fillna("-").to_string(index=False) + "\n", encoding="utf-8")
+    return frame
+
+
+def planted(
+    *, users: int, items: int, events: int, widths: tuple[int, int] = (4096, 384), dim: int = 16, seed: int = 0
+) -> Split:
+    """A split with ``events`` training events, and one a user for validation and for test; its features say the taste.
+
+    User u takes items without replacement with weights popularity_i exp(2 p_u . q_i / sqrt(D)), p and q normal,
+    popularity falling as (rank + 20)^-0.8: three training events a user, the others dealt by a log-normal activity.
+    The catalogue brings ``visual`` (I, widths[0]) and ``textual`` (I, widths[1]) float32: q through a random matrix,
+    plus noise. Raises ``DataError`` when there are too few events for the users or too few items for an active one.
+    """
+    if events < 3 * users:
+        raise DataError(f"events={events}: {users} users need three each, {3 * users}")
+    rng = generator(seed, "speed")
+    activity = np.exp(rng.normal(size=users))
+    counts = 3 + rng.multinomial(events - 3 * users, activity / activity.sum())
+    taken = counts + 2
+    if taken.max() > items:
+        raise DataError(f"items={items}: the most active user takes {taken.max()}; plant more items or fewer events")
+    p, q = (rng.normal(size=(n, dim)).astype(np.float32) for n in (users, items))
+    popularity = (-0.8 * np.log(rng.permutation(items) + 20)).astype(np.float32)
+    who, what = [], []
+    for part in np.split(np.arange(users), range(1024, users, 1024)):
+        # the largest of log weight + Gumbel noise are a weighted draw without replacement
+        noise = np.log(rng.standard_exponential((len(part), items), dtype=np.float32) + np.float32(1e-30))
+        score = torch.from_numpy(p[part] @ q.T * (2 / dim**0.5) + popularity - noise)
+        width = int(taken[part].max())
+        first = score.topk(width, dim=1).indices.numpy()
+        mine = np.arange(width) < taken[part, None]
+        who.append(np.repeat(part, taken[part]))
+        what.append(first[mine])
+    owner = np.concatenate(who)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(taken) - taken, taken)
+    parts = np.select([place == counts[owner], place == counts[owner] + 1], [VALID, TEST], TRAIN)
+    user_ids, item_ids = IdMap(range(users), what="user id"), IdMap(range(items), what="item id")
+    every = Interactions(owner, np.concatenate(what), None, user_ids, item_ids)
+    features = {}
+    for name, width in zip(("visual", "textual"), widths, strict=True):
+        table = rng.standard_normal((items, width), dtype=np.float32)
+        mixing = rng.standard_normal((dim, width), dtype=np.float32)
+        for rows in range(0, items, 1024):  # in blocks: the peak is to be the table's size, not that of its making
+            table[rows : rows + 1024] += q[rows : rows + 1024] @ mixing
+        features[name] = table
+    catalog = Catalog(datasets.Dataset.from_dict({"item_id": item_ids.ids}), item_ids, features=features)
+    return splits.given(RecDataset("planted", every, catalog, parts))
+
+
+def measure(*, system: str, size: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """One system in this process: the columns of ``speed``, each epoch's seconds, the first and last epoch's loss."""
+    split = planted(**size)
+    name, config = SYSTEMS[system]
+    content = {"catalog": split.catalog} if name == "VBPR" else {}
+    seed_everything(0)
+    began = time.perf_counter()
+    model: Any = models.classes()[name](split.train, **content, **config)
+    if not model.trainable:
+        model.score(np.zeros(1, dtype=np.int64))  # computed when first needed
+    built = time.perf_counter() - began
+    found: dict[str, Any] = {BUILD: round(built, 4), EPOCH: None, SAMPLES: None}
+    if model.trainable:
+        # the first epoch warms up; the last one's seconds hold the only validation
+        history = fit(model, split, epochs=repeats + 2, eval_every=repeats + 2, **FIT).history  # type: ignore[arg-type]
+        taken = np.diff(history["seconds"])[:-1].tolist()
+        median = statistics.median(taken)
+        found |= {EPOCH: round(median, 4), SAMPLES: round(len(split.train) / median)}
+        found |= {"epochs": [round(t, 4) for t in taken], "losses": [history["bpr"].iloc[n] for n in (0, -1)]}
+    return found | {PEAK: round(peak_memory_mb()), "threads": torch.get_num_threads()}
+
+
+def _apart(asked: dict[str, Any], threads: int | None) -> dict[str, Any]:
+    """``measure`` in a process of its own, for a peak never falls; its progress bar shows through."""
+    command = [sys.executable, "-m", "mmllmrec.training.speed", json.dumps(asked)]
+    libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    limit = {} if threads is None else dict.fromkeys(libraries, str(threads))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | limit)
+    if done.returncode:
+        raise RuntimeError(f"{asked['system']}: its process ended with code {done.returncode}, see above")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))
