@@ -329,14 +329,23 @@ def bench_quickstart(seeds: Seeds = 3, folder: Folder = Path("runs/quickstart"))
 
 
 @bench_app.command("movielens")
-def bench_movielens(seeds: Seeds = 3, folder: Folder = Path("runs/movielens"), path: At = None) -> None:
+def bench_movielens(
+    seeds: Seeds = 3,
+    folder: Folder = Path("runs/movielens"),
+    path: At = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--split", help="random_per_user or cold_items; both where not given")
+    ] = None,
+) -> None:
     """Real posters and words: random-per-user and cold-items splits, the unified model on minilm.
 
     Example: [bold]mmllmrec bench movielens --path ~/data/movielens-small-posters[/bold]
     """
     from mmllmrec import bench
 
-    for summary in bench.movielens(seeds=seeds, folder=folder, path=path):
+    for summary in bench.movielens(
+        seeds=seeds, folder=folder, path=path, kinds=kinds or ("random_per_user", "cold_items")
+    ):
         print(summary)
 
 

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -31,6 +33,7 @@ import numpy as np
 import pandas as pd
 
 import mmllmrec as mm
+from mmllmrec.evaluation.curves import k_shot
 from mmllmrec.evaluation.floors import ContentKNN, Popularity, Random
 from mmllmrec.evaluation.ranking import rank
 
@@ -103,7 +106,7 @@ axis.set_xlabel("ndcg@20 on validation")
 axis.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# ## Six ways to divide the same events
+# ## Five ways to divide the same events
 # A split is a partition of the events. What it holds out decides what is measured: taste for known things
 # (`random_per_user`, `leave_last`), the future (`temporal`), or what nobody has taken yet (`cold_items`, `cold_users`).
 
@@ -161,6 +164,18 @@ by_split.style.format("{:.4f}").background_gradient(axis=1, cmap="Blues")
 # A number without its split says nothing: the rows are not comparable, not even the oracle's. Where users are cold,
 # `ItemKNN` has no history to go by and is as good as chance.
 #
+# ## A handful of events
+# How much is the first event of a new user worth? Four events of each cold user may be revealed, the others are to be
+# found, the same ones at every point; dashed lines are systems that take no history.
+
+# %%
+new = kinds["cold_users"]
+systems = [mm.models.ItemKNN(new.train), ContentKNN(new.train, catalog=data.catalog), Popularity(new.train)]
+curve = k_shot(systems, new, of="users", ks=(0, 1, 2, 4), seed=SEED)
+curve.plot()
+curve
+
+# %% [markdown]
 # ## Why every item is ranked
 # Much of the literature ranks a positive among 100 sampled items. That is another metric, and it need not put systems
 # in the same order ([Krichene and Rendle 2020](https://dl.acm.org/doi/10.1145/3394486.3403226)). Here are three
@@ -307,5 +322,7 @@ assert abs(square.loc["mean"]).max() < 0.3 * square.iloc[:2, :2].abs().max().max
 assert leak["the best, where it was chosen"] > 1.1 * leak["mean of the 200"], "choosing on what is reported inflates it"
 if not SMOKE:
     assert full["sharp"] > full["broad"] and few["sharp"] < few["broad"], "sampling candidates turns the order over"
+    means = curve.frame.set_index(["system", "k"])["mean"]
+    assert means["ItemKNN", 4] > 2 * means["ItemKNN", 0], "a few events must help"
     assert ceilings["without image"] < 0.75 * ceilings["oracle"], "the picture must matter"
     assert counted["all events"] > 1.2 * counted["training events"], "popularity must not count held-out events"

@@ -113,6 +113,8 @@ def test_no_item_is_taken_before_it_came():
     data = atelier(**SMALL, arrivals=0.3, modalities=())
     x = data.interactions
     assert x.times.min() >= 0 and x.times.max() < 366 * 24 * 3600
+    tenths = np.bincount(x.times * 10 // (365 * 24 * 3600), minlength=10) / len(x)
+    np.testing.assert_allclose(tenths, 0.1, atol=0.03)  # events are spread over the year
     early = set(x.items[x.times < 0.7 * 365 * 24 * 3600].tolist())
     late = set(range(211)) - early
     assert len(late) >= 0.25 * 211  # items of the last three tenths are not among the first seven

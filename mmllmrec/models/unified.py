@@ -66,8 +66,9 @@ class Unified(Recommender):
     negatives: ClassVar[int] = 0
     loss_name: ClassVar[str] = "softmax"
     fit_defaults: ClassVar[dict[str, Any]] = {
-        "epochs": 12,
-        "batch_size": 1024,
+        "epochs": 24,
+        "item_batch": 128,
+        "eval_every": 2,
         "lr": 2e-3,
         "schedule": "cosine",
         "warmup": 0.05,
@@ -149,8 +150,11 @@ class Unified(Recommender):
         shape = (len(catalog), 3, size, size)
         pixels = catalog.pixels(size) if "image" in catalog.modalities else np.zeros(shape, np.uint8)
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
+        before: Items | None = getattr(self, "items", None)
         states = None
-        if self.preset.enter:  # what frozen layers say of an item is computed once
+        if before is not None and torch.equal(tokens, before.tokens):  # another catalogue with the same words
+            states = before.states
+        elif self.preset.enter:  # what frozen layers say of an item is computed once
             states = torch.cat([self.backbone.below(t.to(self.device)).cpu() for t in tokens.split(256)])
         self.items = Items(torch.from_numpy(pixels.copy()), tokens, words, image, text, states)
         looks: dict[Any, int] = {}

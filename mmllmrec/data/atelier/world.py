@@ -78,7 +78,7 @@ WORLDS = {
         seed=30,
         nose=2,
         weights=Weights(0.10, 0.14, 0.14, 0.10, 0.10, 0.20, 0.03, 0.04, 0.15),
-        temperature=0.25,
+        temperature=0.3,
     ),
 }
 DEFAULT_MISSING = {"image": 0.05, "text": 0.05, "audio": 0.1, "sensor": 0.1}
@@ -267,9 +267,9 @@ def _events(
     for block in np.array_split(np.arange(users), max(users * n // 4_000_000, 1)):
         utility = data.utilities(block)
         # each user's events divided among the phases
-        at = np.sort(rng.random((len(block), int(counts[block].max()))), axis=1)
+        at = rng.random((len(block), int(counts[block].max())))
         real = np.arange(at.shape[1]) < counts[block][:, None]
-        at = np.where(real, np.sort(np.where(real, at, 2.0), axis=1), 2.0)
+        at = np.sort(np.where(real, at, 2.0), axis=1)
         phase = np.minimum((at * PHASES).astype(np.int64), PHASES)
         for p in range(PHASES):
             wanted = (phase == p).sum(1)
