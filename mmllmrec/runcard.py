@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -38,8 +39,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write ``value`` as indented JSON, atomically. Arrays become lists, paths strings, NaN is refused."""
+    """Write ``value`` as indented JSON, a list of numbers on one line, atomically. Arrays become lists, paths strings,
+    NaN is refused."""
     text = json.dumps(value, indent=1, default=_plain, allow_nan=False) + "\n"
+    # no string holds a bare line break in JSON, so only lists can match
+    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 

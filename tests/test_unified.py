@@ -250,3 +250,22 @@ def test_prompt_fields_are_exact():
         prompt.render(title="Lamp")
     with pytest.raises(DataError, match=r"unknown \['price'\]"):
         prompt.render(title="Lamp", text="", price="3")
+
+
+@pytest.mark.slow
+def test_minilm_is_a_real_language_model_and_trains_in_its_upper_layers():
+    train, catalog = tiny_world()
+    seed_everything(5)
+    model = Unified.from_preset("minilm", data=train, catalog=catalog, dim=16)
+    language, tokenizer = model._language.model.get_base_model(), model._language.tokenizer
+    said = ["a space war among the stars", "battles of starships far from earth", "a recipe for onion soup"]
+    batch = tokenizer(said, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        h = language(**batch).last_hidden_state * batch["attention_mask"][..., None]
+    means = torch.nn.functional.normalize(h.sum(1), dim=-1)
+    assert means[0] @ means[1] > 0.3 + means[0] @ means[2]
+    model.train()
+    sum(model.loss(everything(model)).values()).backward()
+    reached = {n.split("layer.")[1][0] for n, p in lora(model).items() if "language" in n and p.grad is not None}
+    assert reached == {"4", "5"}
+    assert model.backbone.resampler.queries.grad.abs().sum() > 0  # the picture comes in above the frozen layers
