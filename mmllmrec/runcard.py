@@ -43,7 +43,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     NaN is refused."""
     text = json.dumps(value, indent=1, default=_plain, allow_nan=False) + "\n"
     # no string holds a bare line break in JSON, so only lists can match
-    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    text = re.sub(r"\[\n\s*([-+\d.eE,\s]+?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
