@@ -1,7 +1,8 @@
-"""A world whose answer is known: users and items of three groups, and events within a group."""
+"""Worlds and scorers whose answer is known."""
 
 import datasets
 import numpy as np
+import torch
 
 from mmllmrec.data import splits
 from mmllmrec.data.catalog import Catalog
@@ -10,7 +11,7 @@ from mmllmrec.data.interactions import IdMap, Interactions
 
 
 def groups(users: int = 61, items: int = 97, kinds: int = 3, share: float = 0.4) -> splits.Split:
-    """Each user takes ``share`` of the items of the own group, and no other."""
+    """Each user takes ``share`` of the items of the own kind, and no other."""
     rng = np.random.default_rng(0)
     cells = (np.arange(users)[:, None] % kinds == np.arange(items) % kinds) & (rng.random((users, items)) < share)
     u, i = np.nonzero(cells)
@@ -18,3 +19,15 @@ def groups(users: int = 61, items: int = 97, kinds: int = 3, share: float = 0.4)
     events = Interactions(u, i, None, IdMap(range(users), what="user id"), ids)
     data = RecDataset("groups", events, Catalog(datasets.Dataset.from_dict({"item_id": ids.ids}), ids))
     return splits.random_per_user(data, seed=0)
+
+
+class Table:
+    """A scorer that is its own table of scores, (U, I)."""
+
+    name = "Table"
+
+    def __init__(self, scores):
+        self.scores = torch.as_tensor(scores, dtype=torch.float32)
+
+    def score(self, users):
+        return self.scores[torch.as_tensor(users)]

@@ -4,25 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from mmllmrec.data import splits
 from mmllmrec.data.atelier import Weights, atelier, recovery
 from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.floors import Popularity
 from mmllmrec.evaluation.ranking import rank
+from tests.planted import Table
 
 SMALL = {"n_items": 211, "n_users": 101, "n_events": 2000}
-
-
-class Table:
-    name = "table"
-
-    def __init__(self, scores):
-        self.scores = torch.as_tensor(scores, dtype=torch.float32)
-
-    def score(self, users):
-        return self.scores[torch.as_tensor(users)].clone()
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,9 @@ from mmllmrec.evaluation.floors import Popularity, Random
 from mmllmrec.evaluation.metrics import METRICS, compute
 from mmllmrec.evaluation.protocols import harmonic, validation_score
 from mmllmrec.evaluation.ranking import rank
+from tests.planted import Table
 
 U, ITEMS = 37, 101
-
-
-class Table:
-    """A scorer that is its own table of scores."""
-
-    def __init__(self, scores):
-        self.scores = torch.as_tensor(scores, dtype=torch.float32)
-
-    def score(self, users):
-        return self.scores[torch.as_tensor(users)]
 
 
 def events(density, seed, users=U, items=ITEMS):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from mmllmrec.data import splits
@@ -16,18 +15,7 @@ from mmllmrec.evaluation.significance import holm, paired_bootstrap
 from mmllmrec.models import EASE
 from mmllmrec.runcard import RunCard
 from mmllmrec.training.fit import fit
-
-
-class Known:
-    """A scorer that is its own table of scores."""
-
-    name = "Known"
-
-    def __init__(self, scores):
-        self.scores = torch.as_tensor(scores, dtype=torch.float32)
-
-    def score(self, users):
-        return self.scores[torch.as_tensor(users)].clone()
+from tests.planted import Table
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +111,7 @@ def test_k_shot_holds_everything_fixed_but_the_history():
     revealed = seen[1].csr - split.train.csr
     hidden = split.valid.csr - split.valid.csr.multiply(revealed)
     assert hidden[users].sum() == split.valid.user_counts[users].sum() - 4 * len(users)
-    knows = Known(split.valid.csr.toarray())
+    knows = Table(split.valid.csr.toarray())
     assert k_shot([knows], split, ks=(4,)).frame["mean"][0] == pytest.approx(1)  # what is revealed is no target
     with pytest.raises(DataError, match="no cold item of cold_users has more than 4 events in valid"):
         k_shot([Popularity(split.train)], split, of="items", ks=(0, 4))
@@ -132,12 +120,12 @@ def test_k_shot_holds_everything_fixed_but_the_history():
 def test_masks_are_those_of_the_protocol():
     """A scorer that puts validation positives first: masked at test, but under the MMRec family's protocol."""
     split = splits.random_per_user(atelier(n_items=211, n_users=101, n_events=3000, modalities=()), seed=0)
-    knows = Known(split.valid.csr.toarray() + 2 * split.train.csr.toarray() + split._test.csr.toarray() / 2)
+    knows = Table(split.valid.csr.toarray() + 2 * split.train.csr.toarray() + split._test.csr.toarray() / 2)
     options = {"on": "test", "floors": False}
-    best, worse = (evaluate(knows, split, mask=m, **options).mean("Known") for m in ("train+valid", "train"))
+    best, worse = (evaluate(knows, split, mask=m, **options).mean("Table") for m in ("train+valid", "train"))
     assert best == pytest.approx(1) and worse < 0.8
     first = evaluate(knows, split, floors=False)
-    assert first.mean("Known") == pytest.approx(1)  # train masked, validation to be found
+    assert first.mean("Table") == pytest.approx(1)  # train masked, validation to be found
 
 
 def test_k_shot_of_items_reveals_the_same_number_of_each(tmp_path):
