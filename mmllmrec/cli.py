@@ -115,16 +115,17 @@ def _notebooks() -> Path:
 
 @app.command()
 def demo() -> None:
-    """The quickstart, from nothing to a table: runs notebooks/00_quickstart.ipynb, writes build/quickstart.html.
+    """The quickstart, from nothing to a table: runs notebooks/00_quickstart.ipynb, writes it to build/ as a page and as
+    a notebook with outputs.
 
     Example: [bold]mmllmrec demo[/bold]
     """
     notebook = _notebooks() / "00_quickstart.ipynb"
     from nbconvert import HTMLExporter
 
-    book = execute(notebook)
     page = Path("build/quickstart.html")
     page.parent.mkdir(exist_ok=True)
+    book = execute(notebook, save=page.with_suffix(".ipynb"))
     page.write_text(HTMLExporter().from_notebook_node(book)[0], encoding="utf-8")
     report = Path("build/quickstart/report")
     print(f"\n{(report / 'table.txt').read_text(encoding='utf-8')}\npage: {page}\nrun card: {report / 'card.json'}")
