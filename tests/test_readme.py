@@ -1,0 +1,59 @@
+"""The README's numbers are those of the run cards it names, and its Python runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+# a table, and before it the line that names its metric and its card
+TABLES = re.findall(r"\b(ndcg@\d+|recall@\d+)\b[^|]*?\(card:\s*`(.+?)`\)\.?\n\n((?:\|.*\n)+)", TEXT)
+
+
+def rows(table):
+    lines = [[c.strip() for c in line.strip("|\n ").split("|")] for line in table.splitlines()]
+    return lines[0], lines[2:]
+
+
+def test_there_are_tables():
+    assert len(TABLES) >= 2 and TEXT.count("| system |") == len(TABLES)
+
+
+@pytest.mark.parametrize(("metric", "card", "table"), TABLES, ids=[t[1] for t in TABLES])
+def test_every_number_is_in_its_card(metric, card, table):
+    metrics = json.loads((ROOT / card).read_text(encoding="utf-8"))["metrics"]
+    head, lines = rows(table)
+    checked = 0
+    for line in lines:
+        for column, cell in zip(head[2:], line[2:], strict=True):
+            if "peer" in column:
+                continue
+            mean, std = metrics[f"{line[0]} | {column} | {metric}"]
+            shown = re.match(r"([\d.]+)(?: ± ([\d.]+))?(?: \((\d+)%\))?$", cell)
+            assert shown, cell
+            assert shown[1] == f"{mean:.4f}" and (shown[2] or "0.0000") == f"{std:.4f}", (line[0], column)
+            if shown[3]:
+                assert int(shown[3]) == round(100 * mean / metrics[f"Oracle | {column} | {metric}"][0])
+            checked += 1
+    assert checked >= len(lines)
+
+
+def test_every_file_it_names_is_there():
+    named = re.findall(r"`((?:notebooks|adapters|prompts|mmllmrec)/[\w./-]*)`|\]\((\S+?)\)", TEXT)
+    for name in filter(None, (n for pair in named for n in pair)):
+        assert name.startswith("http") or (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_its_python_runs(monkeypatch, tmp_path):
+    import mmllmrec as mm
+
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    load, fit = mm.load_dataset, mm.fit
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mm, "load_dataset", lambda name: load(name, n_items=150, n_users=90, n_events=1500))
+    monkeypatch.setattr(mm, "fit", lambda model, split, **options: fit(model, split, **(options | {"epochs": 1})))
+    exec(code, {})
+    assert (tmp_path / "runs" / "my-first" / "config.json").is_file()
