@@ -136,7 +136,7 @@ for axis, name in zip(axes, ("random_per_user", "leave_last", "temporal"), stric
     axis.set_xlabel("day of the year")
     axis.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("events")
-axes[0].legend(frameon=False)
+axes[0].legend(framealpha=0.9, loc="lower left")
 figure.tight_layout()
 
 # %% [markdown]

@@ -256,6 +256,9 @@ class Report:
         with pd.option_context("display.width", 250, "display.max_columns", 30):
             return f"{self._heading()}\n{self.table()}"
 
+    def __repr__(self) -> str:
+        return f"Report({', '.join(self.names)}; rows {', '.join(self.rows)})"
+
     def _heading(self) -> str:
         s = self.card
         where = f", card {self.path}" if self.path else ""

@@ -96,7 +96,7 @@ class Tastes:
         return self.tastes[users][:, self.levels]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Atelier(RecDataset):
     """A planted dataset: what ``RecDataset`` is, and the truth behind it."""
 
