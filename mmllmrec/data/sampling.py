@@ -124,9 +124,9 @@ def item_blocks(train: Interactions, *, size: int, rng: np.random.Generator) -> 
     number = np.full(train.n_items, -1)
     for position, block in enumerate(blocks):
         number[block] = position
-    order = np.argsort(number[train.items], kind="stable")
-    bounds = np.searchsorted(number[train.items][order], np.arange(len(blocks) + 1))
-    for part in np.split(order, bounds[1:-1]):
+    owner = number[train.items]
+    order = np.argsort(owner, kind="stable")
+    for part in np.split(order, np.searchsorted(owner[order], np.arange(1, len(blocks)))):
         yield Batch(torch.from_numpy(train.users[part]), torch.from_numpy(train.items[part]), by_item=True)
 
 

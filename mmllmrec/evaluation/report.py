@@ -274,11 +274,9 @@ class Report:
         lines = []
         for name, cells in table.iterrows():
             shade = "" if name in rivals else " style='color:#888'"
+            weights = ("bold" if bold.get(str(c)) == name else "normal" for c in table.columns)
             inner = "".join(
-                f"<td><b>{html.escape(str(v))}</b></td>"
-                if bold.get(str(c)) == name
-                else f"<td>{html.escape(str(v))}</td>"
-                for c, v in cells.items()
+                f"<td style='font-weight:{w}'>{html.escape(str(v))}</td>" for w, v in zip(weights, cells, strict=True)
             )
             lines.append(f"<tr{shade}><th style='text-align:left'>{html.escape(str(name))}</th>{inner}</tr>")
         head = "".join(f"<th>{html.escape(str(c))}</th>" for c in ["system", *table.columns])
