@@ -160,8 +160,8 @@ def summarise(name: str, cards: Sequence[RunCard], folder: Path) -> Summary:
         seconds=sum(c.seconds for c in cards),
         test_opened=max(c.test_opened for c in cards),
     )
-    summary = Summary(f"{name}: mean ± std over {len(cards)} seeds", frame, card.save(folder / "card.json"))
-    (folder / "table.txt").write_text(f"{summary}\n", encoding="utf-8")
+    summary = Summary(f"{name}: mean ± std over {len(cards)} seeds", frame, folder / "card.json")
+    card.save_with(str(summary), folder)
     return summary
 
 

@@ -127,6 +127,11 @@ class RunCard:
         """Write the card as JSON, atomically; returns the path."""
         return write_json(path, self.as_dict())
 
+    def save_with(self, table: str, folder: str | os.PathLike[str]) -> Path:
+        """Write ``card.json``, and beside it the table it stands for as ``table.txt``; returns the card's path."""
+        write_atomically(Path(folder) / "table.txt", lambda p: p.write_text(f"{table}\n", encoding="utf-8"))
+        return self.save(Path(folder) / "card.json")
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunCard:
         """Read a card. Raises ``ValueError`` naming the file when it is no run card."""

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # a table, and before it the line that names its metric and its card
 TABLES = re.findall(r"\b(ndcg@\d+|recall@\d+)\b[^|]*?\(card:\s*`(.+?)`\)\.?\n\n((?:\|.*\n)+)", TEXT)
+TIMES = re.findall(r"\(card:\s*`([^`]+?)`\)\.?\n\n((?:\| timed .*\n)(?:\|.*\n)+)", TEXT)
 
 
 def rows(table):
@@ -19,6 +20,7 @@ def rows(table):
 
 def test_there_are_tables():
     assert len(TABLES) >= 2 and TEXT.count("| system |") == len(TABLES)
+    assert len(TIMES) == TEXT.count("| timed |") == 2
 
 
 @pytest.mark.parametrize(("metric", "card", "table"), TABLES, ids=[t[1] for t in TABLES])
@@ -38,6 +40,16 @@ def test_every_number_is_in_its_card(metric, card, table):
                 assert int(shown[3]) == round(100 * mean / metrics[f"Oracle | {column} | {metric}"][0])
             checked += 1
     assert checked >= len(lines)
+
+
+@pytest.mark.parametrize(("card", "table"), TIMES, ids=[t[0] for t in TIMES])
+def test_every_timing_is_in_its_card(card, table):
+    metrics = json.loads((ROOT / card).read_text(encoding="utf-8"))["metrics"]
+    head, lines = rows(table)
+    for line in lines:
+        for column, cell in zip(head[1:], line[1:], strict=True):
+            value = metrics[line[0]][column]
+            assert cell == ("-" if value is None else f"{round(value, 4):g}" if value < 1e4 else str(value))
 
 
 def test_every_file_it_names_is_there():

@@ -9,7 +9,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -74,8 +73,7 @@ def speed(
             metrics={name: dict(zip(frame.columns[1:], values, strict=True)) for name, *values in lines},
             seconds=round(time.perf_counter() - started, 3),
         )
-        card.save(Path(folder) / "card.json")
-        (Path(folder) / "table.txt").write_text(frame.to_string(index=False) + "\n", encoding="utf-8")
+        card.save_with(frame.to_string(index=False), folder)
     return frame
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -89,8 +88,7 @@ def speed(
             seconds=round(time.perf_counter() - began, 3),
             peak_memory_mb=max(one[PEAK] for one in found.values()),
         )
-        card.save(Path(folder) / "card.json")
-        (Path(folder) / "table.txt").write_text(frame.fillna("-").to_string(index=False) + "\n", encoding="utf-8")
+        card.save_with(frame.fillna("-").to_string(index=False), folder)
     return frame
 
 

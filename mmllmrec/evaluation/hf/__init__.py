@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.metrics import compute
+
+if TYPE_CHECKING:
+    import evaluate
 
 MODULES = ("recall_at_k", "ndcg_at_k")
 
@@ -26,6 +30,20 @@ def path(name: str) -> Path:
     if name not in MODULES:
         raise DataError(f"unknown module {name!r}; modules are {list(MODULES)}")
     return Path(__file__).parent / name
+
+
+def info(*, description: str, inputs: str) -> evaluate.MetricInfo:
+    """What a module declares of itself: lists of item ids in, all strings or all integers."""
+    import datasets
+    import evaluate
+
+    kinds = [datasets.Sequence(datasets.Value(kind)) for kind in ("string", "int64")]
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description=inputs,
+        features=[datasets.Features({"predictions": kind, "references": kind}) for kind in kinds],
+    )
 
 
 def mean(

@@ -1,10 +1,9 @@
 """NDCG@k as a module of Hugging Face ``evaluate``; load it with ``evaluate.load(str(hf.path("ndcg_at_k")))``."""
 
 # evaluate reads a module's imports line by line, offline too: each keeps a line of its own, at the margin
-import datasets
 import evaluate
 
-from mmllmrec.evaluation.hf import mean
+from mmllmrec.evaluation.hf import info, mean
 
 DESCRIPTION = "Discounted cumulative gain of the first k predicted items over the ideal one, mean over users."
 INPUTS = """
@@ -24,13 +23,7 @@ class NDCGAtK(evaluate.Metric):
     """``compute(predictions=, references=, k=20)`` -> {"ndcg@20": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
-        kinds = [datasets.Sequence(datasets.Value(kind)) for kind in ("string", "int64")]
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation="",
-            inputs_description=INPUTS,
-            features=[datasets.Features({"predictions": kind, "references": kind}) for kind in kinds],
-        )
+        return info(description=DESCRIPTION, inputs=INPUTS)
 
     def _compute(self, predictions: list[list], references: list[list], k: int = 20) -> dict[str, float]:
         return mean(f"ndcg@{k}", predictions, references=references)
