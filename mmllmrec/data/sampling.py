@@ -6,7 +6,8 @@ Legend: N events, B batch, K negatives, U users, I items.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,27 +18,71 @@ from mmllmrec.data.interactions import DataError, Interactions
 @dataclass
 class Batch:
     """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids. ``by_item``: all events of some
-    items, as ``item_blocks`` makes them."""
+    items, as ``item_blocks`` makes them. ``pool`` (C,): the distinct items of the whole batch, ascending, of which
+    this process (``rank`` of ``world``) holds a share of the events."""
 
     users: torch.Tensor
     items: torch.Tensor
     negatives: torch.Tensor | None = None
     by_item: bool = False
+    pool: torch.Tensor | None = None
+    total: int = 0  # events of the whole batch
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pool is None:
+            self.pool, self.total = self.items.unique(), len(self.items)
 
     def __len__(self) -> int:
         return len(self.users)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        negatives = None if self.negatives is None else self.negatives.to(device)
-        return Batch(self.users.to(device), self.items.to(device), negatives, self.by_item)
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in held.items()})
 
     def share(self, rank: int, world: int) -> Batch:
-        """The rows of one of ``world`` processes."""
+        """The rows of one of ``world`` processes; the pool stays that of the whole batch."""
         if world == 1:
             return self
-        negatives = None if self.negatives is None else self.negatives[rank::world]
-        return Batch(self.users[rank::world], self.items[rank::world], negatives, self.by_item)
+        mine = slice(rank, None, world)
+        negatives = None if self.negatives is None else self.negatives[mine]
+        return replace(
+            self, users=self.users[mine], items=self.items[mine], negatives=negatives, rank=rank, world=world
+        )
+
+
+@dataclass
+class InBatch:
+    """What an in-batch softmax chooses among: items (C,) distinct, target (B,) places in them, mask (B, C) bool of what
+    is no negative, log_q (C,) the correction, None where the candidates are a uniform sample."""
+
+    items: torch.Tensor
+    target: torch.Tensor
+    mask: torch.Tensor
+    log_q: torch.Tensor | None
+
+
+def in_batch(train: Interactions, batch: Batch, *, same: torch.Tensor | None = None) -> InBatch:
+    """The candidates of a batch: its distinct items, each event's own among them.
+
+    Masked are the user's other training positives and, with ``same`` (I,) int64 (equal numbers: items that cannot be
+    told apart), copies of the positive. ``log_q`` is that of a batch of events (``log_inclusion``); a block of items
+    needs none.
+    """
+    items = batch.pool
+    assert items is not None
+    target = torch.searchsorted(items, batch.items)
+    where = items.cpu().numpy()
+    mask = torch.from_numpy(train.csr[batch.users.cpu().numpy()][:, where].toarray() > 0).to(items.device)
+    if same is not None:
+        alike = same.to(items.device)[items]
+        mask |= alike[target][:, None] == alike[None]
+    log_q = None
+    if not batch.by_item:
+        log_q = torch.from_numpy(log_inclusion(train.item_counts, batch.total)[where]).to(items.device)
+    return InBatch(items, target, mask, log_q)
 
 
 def sample_negatives(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.data.sampling import Batch, log_inclusion
+from mmllmrec.data.sampling import Batch, in_batch
 from mmllmrec.encoders.backbone import Backbone, Items, tokenise, unit
 from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features import adapters
@@ -208,23 +208,16 @@ class Unified(Recommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The in-batch sampled softmax of the class's docstring."""
-        items, target = batch.items.unique(return_inverse=True)
+        found = in_batch(self.train_data, batch, same=self.same)
         users, ids = self.ids()
-        q, p = unit(self.encode(items, ids)), self.tastes(users)[batch.users]
-        where = items.cpu().numpy()
-        taken = self.train_data.csr[batch.users.cpu().numpy()][:, where].toarray() > 0
-        same = self.same[items.cpu()]
-        mask = torch.from_numpy(taken) | (same[target.cpu()][:, None] == same[None])
-        log_q = None  # blocks of items are a uniform sample of candidates
-        if not batch.by_item:
-            log_q = torch.from_numpy(log_inclusion(self.train_data.item_counts, len(batch))[where]).to(q.device)
+        q, p = unit(self.encode(found.items, ids)), self.tastes(users)[batch.users]
         scale = self.log_scale.clamp(max=4.6).exp()
-        value = losses.sampled_softmax(p * scale, q, target, log_q=log_q, mask=mask.to(q.device))
+        value = losses.sampled_softmax(p * scale, q, found.target, log_q=found.log_q, mask=found.mask)
         return {"softmax": value}
 
     def log_candidates(self, batch: Batch) -> float:
         """log of the number of candidates a positive is picked from: the loss of a model that knows nothing."""
-        return float(np.log(len(batch.items.unique())))
+        return float(np.log(len(batch.pool)))  # type: ignore[arg-type]
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
