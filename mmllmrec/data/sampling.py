@@ -40,7 +40,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in held.items()})
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in held.items()}
+        return Batch(**moved)
 
     def share(self, rank: int, world: int) -> Batch:
         """The rows of one of ``world`` processes; the pool stays that of the whole batch."""
