@@ -31,3 +31,13 @@ class Table:
 
     def score(self, users):
         return self.scores[torch.as_tensor(users)]
+
+
+def probe(states, levels, *, train):
+    """How well a ridge classifier on the first ``train`` rows reads ``levels`` off ``states`` (B, D) on the others."""
+    x = np.concatenate(
+        [(states - states[:train].mean(0)) / states[:train].std(0).clip(1e-6), np.ones((len(states), 1))], 1
+    )
+    known, target = x[:train], np.eye(levels.max() + 1)[levels[:train]]
+    weights = np.linalg.solve(known.T @ known + np.eye(x.shape[1]), known.T @ target)
+    return float(((x[train:] @ weights).argmax(1) == levels[train:]).mean())
