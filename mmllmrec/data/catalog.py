@@ -151,6 +151,19 @@ class Catalog:
             cell.get("bytes") or cell["path"], what=cell.get("path") or f"picture of {self.item_ids[item]!r}"
         )
 
+    def picture(self, item: int) -> bytes | None:
+        """An item's picture as it is stored, encoded, or None where it is absent; noise where it was ``randomised``."""
+        if not self.present("image")[item]:
+            return None
+        if "image" in self._noise:
+            pixels = generator(self._noise["image"], "image", item).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            return buffer.getvalue()
+        cell = self.dataset[self._row("image", item)]["image"]
+        data: bytes = cell.get("bytes") or Path(cell["path"]).read_bytes()
+        return data
+
     def pixels(self, size: int = 64) -> np.ndarray:
         """All pictures, cropped to a square and resized: (I, 3, S, S) uint8. Absent ones are zero: read ``present``."""
         if size not in self._pixels:
