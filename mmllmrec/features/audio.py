@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllmrec.data.interactions import DataError
+from mmllmrec.features.extractor import Extractor, source_name
 from mmllmrec.features.signal import Standardise, transformer
+from mmllmrec.runcard import content_hash
+
+if TYPE_CHECKING:
+    from mmllmrec.data.catalog import Catalog
 
 FLOOR = 1e-6  # of the mel power under the logarithm: silence is log(1e-6), not -inf
 
@@ -178,3 +184,52 @@ class FeatureEncoder(nn.Module):
             raise DataError(f"FeatureEncoder: rows {tuple(rows.shape)}; expected (B, {len(self.standard.mean)})")
         pooled: Tensor = self.layers(self.standard(rows))
         return pooled, pooled[:, None]
+
+
+def audio_extractor(source: str, rate: int, *, device: str = "cpu") -> Extractor:
+    """A frozen ``transformers`` audio model (Whisper's encoder, AST, wav2vec 2.0 and their like) over raw waves.
+
+    ``source`` is a folder or hub id, ``rate`` the catalogue's, in hertz; waves are resampled to the rate that the
+    model's feature extractor asks for. Pooled is the mean over the states that cover sound, as far as the feature
+    extractor says where the padding begins (Whisper's does, AST's does not). Raises ``DataError`` for what cannot be
+    loaded and for a catalogue whose audio is a vector an item and no wave.
+    """
+    from math import gcd
+
+    from scipy.signal import resample_poly
+    from transformers import AutoFeatureExtractor
+
+    from mmllmrec.features.towers import load_transformer, still, weights_hash
+
+    model = load_transformer(source, what="audio model")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    model.to(device)
+    try:
+        prepare: Any = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(f"audio model {source!r}: its preprocessor_config.json cannot be loaded: {error}") from error
+    wanted = int(prepare.sampling_rate)
+    settings = {"preprocessing": prepare.to_dict(), "rate": rate}
+
+    def encode(waves: list[Any], names: list[str], tokens: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        common = gcd(wanted, rate)
+        heard = [resample_poly(w, wanted // common, rate // common).astype(np.float32) for w in waves]
+        found = prepare(heard, sampling_rate=wanted, return_tensors="pt", return_attention_mask=True)
+        with still(model):
+            states = model(found[model.main_input_name].to(device)).last_hidden_state.float().cpu()
+        mask = found.get("attention_mask", torch.ones(len(states), 1))
+        # the mask is over frames or samples, of which a state covers a run
+        lengths = (mask.sum(1) * states.shape[1] / mask.shape[1]).ceil().long().tolist()
+        rows = [s[:n].numpy() for s, n in zip(states, lengths, strict=True)]
+        return np.stack([r.mean(axis=0) for r in rows]), rows if tokens else []
+
+    hashed = content_hash("audio", weights_hash(model), settings)
+    return Extractor(source_name(source, "mean"), "audio", hashed, _waves, encode, settings)
+
+
+def _waves(catalog: Catalog) -> Callable[[int], np.ndarray]:
+    if "audio" not in catalog.dataset.column_names:
+        raise DataError(f"{catalog.name}: its audio is a vector an item, not a wave; use FeatureTable.from_catalog")
+    waves = catalog.signal("audio")
+    return lambda item: waves[item]

