@@ -23,7 +23,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset, or check one of your own.")
 bench_app = typer.Typer(no_args_is_help=True, help="The comparisons of the README, with a run card for each number.")
+features_app = typer.Typer(no_args_is_help=True, help="What frozen towers say of the items, computed once and kept.")
 app.add_typer(data_app, name="data")
+app.add_typer(features_app, name="features")
 app.add_typer(bench_app, name="bench")
 
 Data = Annotated[
@@ -186,6 +188,113 @@ def data_check(name: Annotated[str, typer.Argument(help="a dataset's name")], pa
     print(
         f"{data.name}: {len(data.interactions):,} events, {len(catalog):,} items, {len(pictures):,} pictures read: good"
     )
+
+
+# -- features --------------------------------------------------------------------------------------------------------
+
+Kept = Annotated[Path, typer.Option("--store", help="the folder where states are kept; shared by all datasets")]
+
+
+@features_app.command("extract")
+def features_extract(
+    data: Data = "atelier",
+    path: At = None,
+    image: Annotated[
+        str, typer.Option(help="nano, a CLIP (ViT-B-32:laion2b_s34b_b79k), or a transformers model or folder")
+    ] = "",
+    text: Annotated[str, typer.Option(help="nano, minilm, a CLIP, or a transformers model or folder")] = "",
+    audio: Annotated[str, typer.Option(help="a transformers audio model or folder; needs --rate")] = "",
+    rate: Annotated[int | None, typer.Option(min=1, help="of the dataset's sound, in hertz (atelier: 4000)")] = None,
+    pooling: Annotated[str | None, typer.Option(help="of text: mean, cls or last; the model's own without")] = None,
+    layer: Annotated[int | None, typer.Option(help="of text: hidden state k; the last without")] = None,
+    prompt: Annotated[str, typer.Option(help="what text is rendered by: a shipped prompt or a .jinja file")] = "item",
+    layout: Annotated[str, typer.Option(help="table (safetensors and json) or inter (<modality>_feat.npy)")] = "table",
+    batch: Annotated[int, typer.Option(min=1, help="items at once")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps")] = "cpu",
+    store: Kept = Path("runs/store"),
+    folder: Annotated[Path, typer.Option("--folder", help="where the features and their run card go")] = Path(
+        "runs/features"
+    ),
+) -> None:
+    """Run frozen towers over a dataset's pictures, words and sound, and write a table a modality, row i item i.
+
+    What was computed before is not computed again: a run cut off goes on, and a changed picture is the only one looked
+    at. --layout inter writes the .npy files that other toolkits read.
+
+    Example: [bold]mmllmrec features extract --data atelier --image nano --text minilm --folder runs/features[/bold]
+    """
+    import pandas as pd
+
+    from mmllmrec.data.dataset import load_dataset
+    from mmllmrec.data.interactions import DataError
+    from mmllmrec.features.store import Store
+    from mmllmrec.features.table import FeatureTable
+    from mmllmrec.runcard import RunCard
+
+    if layout not in ("table", "inter"):
+        raise DataError(f"--layout {layout}: table or inter")
+    if audio and rate is None:
+        raise DataError("--audio needs --rate, the hertz of the dataset's sound")
+    towers = []
+    if image:
+        from mmllmrec.features.image import image_extractor
+
+        towers.append(image_extractor(image, device=device))
+    if text:
+        from mmllmrec.features.text import text_extractor
+
+        towers.append(text_extractor(text, pooling=pooling, layer=layer, prompt=prompt, device=device))
+    if audio and rate is not None:
+        from mmllmrec.features.audio import audio_extractor
+
+        towers.append(audio_extractor(audio, rate, device=device))
+    if not towers:
+        raise DataError("name a tower: --image nano, --text minilm, --audio openai/whisper-tiny, or several")
+    loaded = load_dataset(data, path)
+    began = time.perf_counter()
+    table = FeatureTable.extracted(loaded.catalog, towers, store=Store(store), batch=batch)
+    seconds = time.perf_counter() - began
+    if layout == "table":
+        table.save(folder)
+    else:
+        table.as_inter_files(folder)
+    made_by = {t.modality: {"name": t.name, "hash": t.hash, "settings": t.settings} for t in towers}
+    card = RunCard("features", layout, data=loaded.name, loaded=loaded.about.get("loaded", {}), seconds=seconds)
+    card.model = {"extractors": made_by, "features": table.hash, "catalog": loaded.catalog.hash}
+    rows = [
+        (t.modality, t.name, t.hash, table.widths[t.modality], int(table.presence[:, n].sum()))
+        for n, t in enumerate(towers)
+    ]
+    _show(
+        pd.DataFrame(rows, columns=["modality", "tower", "hash", "width", "items"]), f"{loaded.name}, {seconds:.1f} s"
+    )
+    print(f"features: {folder}\nrun card: {card.save(folder / 'card.json')}")
+
+
+@features_app.command("info")
+def features_info(store: Kept = Path("runs/store")) -> None:
+    """What a store keeps, a row a tower: items, bytes, and when it was written last.
+
+    Example: [bold]mmllmrec features info --store runs/store[/bold]
+    """
+    from mmllmrec.features.store import Store
+
+    _show(Store(store).info(), str(store))
+
+
+@features_app.command("prune")
+def features_prune(
+    extractor: Annotated[str | None, typer.Argument(help="a tower's name or hash, as info shows them")] = None,
+    older_than: Annotated[float | None, typer.Option(min=0, help="days since it was written")] = None,
+    store: Kept = Path("runs/store"),
+) -> None:
+    """Delete what a store keeps of one tower, or what is older than some days; never a file that is not a store's.
+
+    Example: [bold]mmllmrec features prune --older-than 30[/bold]
+    """
+    from mmllmrec.features.store import Store
+
+    print(f"freed {Store(store).prune(extractor, older_than=older_than) / 2**20:.1f} MiB of {store}")
 
 
 # -- a model's life --------------------------------------------------------------------------------------------------

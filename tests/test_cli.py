@@ -32,6 +32,43 @@ def test_info_of_the_planted_world():
     assert 0 < float(rows["items with sensor"].rstrip("%")) < 100
 
 
+def test_features_are_extracted_once_listed_and_pruned(tmp_path):
+    # a catalogue of three pictures and texts, as a user's own folder
+    from PIL import Image
+
+    from mmllmrec.features.table import FeatureTable
+
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for n in range(3):
+        Image.new("RGB", (40, 30), (80 * n, 10, 20)).save(tmp_path / "data" / "images" / f"{n}.png")
+    rows = "".join(f"i{n},Lamp {n},A red lamp.,{n}.png\n" for n in range(3))
+    (tmp_path / "data" / "items.csv").write_text(f"item_id,title,text,image\n{rows}i3,,,\n")
+    (tmp_path / "data" / "interactions.csv").write_text("user_id,item_id\nu0,i0\nu1,i3\n")
+    store = ("--store", str(tmp_path / "store"))
+    extract = ("features", "extract", "--data", "folder", "--path", str(tmp_path / "data"), *store)
+    result = call(*extract, "--image", "nano", "--text", "nano", "--folder", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    table = FeatureTable.load(tmp_path / "out")
+    assert table.modalities == ("image", "text") and table.presence.sum(0).tolist() == [3, 3]
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["kind"] == "features" and card["model"]["features"] == table.hash
+    result = call(*extract, "--image", "nano", "--layout", "inter", "--folder", str(tmp_path / "npy"))
+    assert (tmp_path / "npy" / "image_feat.npy").is_file(), result.stderr
+    assert "items/s" not in result.stderr  # nothing was left to compute
+    rows = [_cells(line) for line in call("features", "info", *store).stdout.splitlines()]
+    assert [r[3] for r in rows if r[0].startswith("nano")] == ["3", "3"]
+    assert call("features", "prune", "nano:own", *store).stdout.startswith("freed ")
+    assert "nano:own" not in call("features", "info", *store).stdout
+    bad = call("features", "prune", *store)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: prune: say which") and bad.stderr.count("\n") == 1
+
+
+def test_features_without_a_tower_is_one_line():
+    result = call("features", "extract")
+    assert result.returncode == 2 and result.stderr.startswith("error: name a tower")
+    assert "Example" in call("features", "extract", "--help").stdout
+
+
 def test_import_is_light():
     heavy = ["torch", "transformers", "datasets", "pandas", "matplotlib", "accelerate", "open_clip", "peft"]
     code = f"import sys, json, mmllmrec; print(json.dumps([m for m in {heavy} if m in sys.modules]))"

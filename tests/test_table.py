@@ -122,3 +122,42 @@ def test_bad_input_is_named(table):
         FeatureTable({"image": np.ones((N, 3)), "text": table.tables["text"]}, table.presence).like(
             table.whiten(np.ones(N, bool), 2)
         )
+
+
+def test_save_and_load_and_a_file_that_is_another_tables(table, fit_on, tmp_path):
+    done = table.whiten(fit_on, 3)
+    found = FeatureTable.load(done.save(tmp_path / "a"))
+    assert found.hash == done.hash and found.modalities == done.modalities
+    np.testing.assert_array_equal(table.like(found).tables["text"], table.like(done).tables["text"])
+    table.save(tmp_path / "b")
+    (tmp_path / "a" / "features.json").write_bytes((tmp_path / "b" / "features.json").read_bytes())
+    with pytest.raises(DataError, match="is not the file"):
+        FeatureTable.load(tmp_path / "a")
+    with pytest.raises(DataError, match="holds no feature table"):
+        FeatureTable.load(tmp_path / "c")
+
+
+def test_inter_files_come_back_with_what_is_absent(table, tmp_path):
+    from mmllmrec.data.sources import inter_files
+
+    paths = table.as_inter_files(tmp_path)
+    assert {p.name for p in paths.values()} == {"image_feat.npy", "text_feat.npy"}
+    (tmp_path / "events.inter").write_text("userID\titemID\tx_label\n0\t0\t0\n1\t2\t1\n")
+    catalog = inter_files.read(tmp_path).catalog
+    for column, m in enumerate(table.modalities):
+        raw = np.load(paths[m])  # as any other toolkit reads it
+        assert raw.dtype == np.float32 and raw.shape == table.tables[m].shape
+        np.testing.assert_array_equal(raw, table.tables[m])
+        assert (catalog.present(f"{m}_feat") == table.presence[:, column]).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "events.inter",
+        "image_feat.npy",
+        "presence.json",
+        "text_feat.npy",
+    ]
+    (tmp_path / "presence.json").write_text('{"absent": {"image_feat": [999]}}')
+    with pytest.raises(DataError, match=r"presence\.json"):
+        inter_files.read(tmp_path)
+    with pytest.raises(DataError, match="smell"):
+        table.as_inter_files(tmp_path, modalities=["image", "smell"])
+    assert list(table.as_inter_files(tmp_path / "one", modalities=["text"])) == ["text"]

@@ -5,15 +5,23 @@ Legend: I items, M modalities, D_m width of modality m, F width of all together.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError
-from mmllmrec.runcard import content_hash
+from mmllmrec.runcard import content_hash, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from mmllmrec.features.extractor import Extractor
+    from mmllmrec.features.store import Store
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,30 @@ class FeatureTable:
         order = [m for m in catalog.modalities if m in found]
         return cls({m: found[m][0] for m in order}, np.stack([found[m][1] for m in order], axis=1))
 
+    @classmethod
+    def extracted(
+        cls, catalog: Catalog, extractors: Sequence[Extractor], *, store: Store | None = None, batch: int = 64
+    ) -> FeatureTable:
+        """What frozen towers say of a catalogue's raw content, pooled, a modality an extractor.
+
+        With a ``store``, what it holds is not computed again. Raises ``DataError`` for two extractors of one modality
+        and for one whose modality no item has.
+        """
+        order = [e.modality for e in extractors]
+        if not order or len(set(order)) < len(order):
+            raise DataError(f"extractors of {order}: give at least one, and no two extractors of one modality")
+        found = {}
+        for extractor in extractors:
+            present = catalog.present(extractor.modality)
+            if store is not None:
+                table, present = store.extract(extractor, catalog, batch=batch)
+            else:
+                rows = extractor.extract(catalog, np.flatnonzero(present), batch=batch)
+                table = np.zeros((len(catalog), rows.shape[1]), dtype=np.float32)
+                table[present] = rows
+            found[extractor.modality] = (table, present)
+        return cls({m: t for m, (t, _) in found.items()}, np.stack([p for _, p in found.values()], axis=1))
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -185,6 +217,55 @@ class FeatureTable:
         """The table that ``arrays`` gave, its modalities in the order named."""
         maps = {m: Affine(arrays[f"matrix.{m}"], arrays[f"offset.{m}"]) for m in modalities if f"matrix.{m}" in arrays}
         return cls({m: arrays[f"table.{m}"] for m in modalities}, arrays["presence"], maps)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``features.safetensors`` and ``features.json`` (modalities, widths, hash) to ``folder``; gives it."""
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        write_atomically(folder / "features.safetensors", lambda path: save_file(self.arrays(), path))
+        about = {"modalities": self.modalities, "widths": self.widths, "items": len(self), "hash": self.hash}
+        write_json(folder / "features.json", about)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> FeatureTable:
+        """The table that ``save`` wrote. Raises ``DataError`` naming a file that is missing, broken or another's."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+            table = cls.from_arrays(load_file(folder / "features.safetensors"), modalities=about["modalities"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DataError(f"{folder} holds no feature table as FeatureTable.save writes it: {error!r}") from None
+        if table.hash != about.get("hash"):
+            raise DataError(f"{folder}: features.safetensors is not the file that features.json was written for")
+        return table
+
+    def as_inter_files(
+        self, folder: str | os.PathLike[str], *, modalities: Sequence[str] | None = None
+    ) -> dict[str, Path]:
+        """Write the field's layout: ``<modality>_feat.npy`` (I, D_m) float32 each, row i item i; gives the paths.
+
+        All modalities, or those named. An absent row is zero there, as the layout has no other way to say so;
+        ``presence.json`` beside names the absent rows of each file, and ``data.sources.inter_files`` reads it. Raises
+        ``DataError`` for a modality that is not in the table.
+        """
+        chosen = self.modalities if modalities is None else tuple(modalities)
+        unknown = [m for m in chosen if m not in self.tables]
+        if unknown:
+            raise DataError(
+                f"modalities={list(chosen)}: {unknown} are not in this table; it has {list(self.modalities)}"
+            )
+        paths, absent = {}, {}
+        for m in chosen:
+            name, table = f"{m}_feat", self.tables[m]
+            paths[m] = write_atomically(Path(folder) / f"{name}.npy", lambda path, t=table: np.save(path, t))  # type: ignore[misc]
+            absent[name] = np.flatnonzero(~self.presence[:, self.modalities.index(m)])
+        write_json(Path(folder) / "presence.json", {"items": len(self), "absent": absent})
+        return paths
 
     def _fitted(self, fit: Callable[[np.ndarray], Affine], fit_on: np.ndarray) -> FeatureTable:
         fit_on = np.asarray(fit_on)

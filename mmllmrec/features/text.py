@@ -73,9 +73,6 @@ def text_extractor(
     def encode(texts: list[Any], names: list[str], tokens: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         with still(model):
             pooled, states, lengths = read(texts)
-        empty = [n for n, here in zip(names, lengths.tolist(), strict=True) if not here]
-        if empty:
-            raise DataError(f"{empty[0]}: prompt {rendered.id!r} renders it to no token at all")
         if pooling is not None:
             pooled = pool(states, lengths, pooling)
         words = [s[:n].float().cpu().numpy() for s, n in zip(states, lengths.tolist(), strict=True)] if tokens else []
@@ -83,11 +80,15 @@ def text_extractor(
 
     def texts_of(catalog: Catalog) -> Callable[[int], str]:
         words = catalog.words()
-        return lambda item: " ".join(
-            rendered.render(**{k: v for k, v in words[item].items() if k in rendered.inputs})
-            .replace(IMAGE, " ")
-            .split()
-        )
+
+        def text(item: int) -> str:
+            fields = {k: v for k, v in words[item].items() if k in rendered.inputs}
+            found = " ".join(rendered.render(**fields).replace(IMAGE, " ").split())
+            if not found:
+                raise DataError(f"prompt {rendered.id!r} renders text of item {catalog.item_ids[item]!r} to nothing")
+            return found
+
+        return text
 
     return Extractor(name, "text", content_hash("text", weights_hash(model), settings), texts_of, encode, settings)
 

@@ -2,11 +2,13 @@
 
 ``<name>.inter`` (tab separated: userID, itemID, rating, x_label with 0 train, 1 validation, 2 test), any number of
 ``<modality>.npy`` float tables, and optionally ``items.tsv`` (itemID and the item's name in the second column; every
-further column is text).
+further column is text). An item that has no features is a row of zeros there; where ``presence.json`` is beside
+({"absent": {"<file's stem>": [rows]}}, as ``FeatureTable.as_inter_files`` writes it), its rows are absent here.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import datasets
@@ -48,6 +50,7 @@ def read(folder: Path) -> RecDataset:
     for name, table in tables.items():
         if len(table) != n_items:
             raise DataError(f"{folder / (name + '.npy')}: {len(table)} rows for {n_items} items; row i must be item i")
+    absent = _absent(folder / "presence.json", tables)
     interactions = Interactions.from_frame(
         frame, user="userID", item="itemID", time=None, item_ids=item_ids, source=str(found[0])
     )
@@ -60,6 +63,20 @@ def read(folder: Path) -> RecDataset:
             values = [str(v) for c, v in items.iloc[row].items() if c != "itemID"]
             title[position], text[position] = (values or [""])[0], ". ".join(v for v in values if v)
         rows |= {"title": title, "text": text}
-    catalog = Catalog(datasets.Dataset.from_dict(rows), item_ids, features=tables, name=str(folder.name))
+    catalog = Catalog(datasets.Dataset.from_dict(rows), item_ids, features=tables, absent=absent, name=folder.name)
     about = {"source": "inter_files", "file": found[0].name, "features": {k: list(v.shape) for k, v in tables.items()}}
     return RecDataset(folder.name, interactions, catalog, frame["x_label"].to_numpy(dtype=np.int8), about)
+
+
+def _absent(path: Path, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Which rows of which table are absent, {name: (I,) bool}; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    found = {}
+    try:
+        for name, rows in json.loads(path.read_text(encoding="utf-8"))["absent"].items():
+            found[name] = np.zeros(len(tables[name]), dtype=bool)
+            found[name][np.array(rows, dtype=np.int64)] = True
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise DataError(f"{path}: expected {{'absent': {{file: [rows]}}}} for {sorted(tables)}: {error!r}") from None
+    return found
