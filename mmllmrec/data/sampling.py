@@ -19,7 +19,8 @@ from mmllmrec.data.interactions import DataError, Interactions
 class Batch:
     """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids. ``by_item``: all events of some
     items, as ``item_blocks`` makes them. ``pool`` (C,): the distinct items of the whole batch, ascending, of which
-    this process (``rank`` of ``world``) holds a share of the events."""
+    this process (``rank`` of ``world``) holds a share of the events. ``chunk``: how many items a model that reads
+    content encodes at once, None for all."""
 
     users: torch.Tensor
     items: torch.Tensor
@@ -29,6 +30,7 @@ class Batch:
     total: int = 0  # events of the whole batch
     rank: int = 0
     world: int = 1
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.pool is None:
@@ -44,10 +46,11 @@ class Batch:
         return Batch(**moved)
 
     def share(self, rank: int, world: int) -> Batch:
-        """The rows of one of ``world`` processes; the pool stays that of the whole batch."""
+        """The rows of one of ``world`` processes; the pool stays that of the whole batch. Where there are fewer rows
+        than processes, one without a row gets the first: a mean needs one, and ``fit`` gives it no weight."""
         if world == 1:
             return self
-        mine = slice(rank, None, world)
+        mine = slice(rank, None, world) if rank < len(self) else slice(0, 1)
         negatives = None if self.negatives is None else self.negatives[mine]
         return replace(
             self, users=self.users[mine], items=self.items[mine], negatives=negatives, rank=rank, world=world

@@ -20,6 +20,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, in_batch
 from mmllmrec.encoders.backbone import Backbone, Items, tokenise, unit
+from mmllmrec.encoders.gather import encode_pool
 from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import load_prompt
@@ -210,7 +211,7 @@ class Unified(Recommender):
         """The in-batch sampled softmax of the class's docstring."""
         found = in_batch(self.train_data, batch, same=self.same)
         users, ids = self.ids()
-        q, p = unit(self.encode(found.items, ids)), self.tastes(users)[batch.users]
+        q, p = unit(encode_pool(lambda items: self.encode(items, ids), batch)), self.tastes(users)[batch.users]
         scale = self.log_scale.clamp(max=4.6).exp()
         value = losses.sampled_softmax(p * scale, q, found.target, log_q=found.log_q, mask=found.mask)
         return {"softmax": value}

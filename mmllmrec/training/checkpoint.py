@@ -42,7 +42,7 @@ def save(
     best: dict[str, Tensor],
     state: dict[str, Any],
 ) -> None:
-    """Write ``folder/checkpoint`` at once: weights, best weights, optimiser, random state, and ``state`` (JSON)."""
+    """Write ``folder/checkpoint`` at once: weights, best weights, optimiser, and ``state`` (JSON)."""
     tensors = {f"model/{k}": v for k, v in trained(model).items()}
     tensors |= {f"best/{k}": v.clone() for k, v in best.items()}
     numbers: dict[str, dict[str, Any]] = {}
@@ -52,7 +52,6 @@ def save(
                 tensors[f"optimiser/{position}/{key}"] = value.detach().cpu().clone().contiguous()
             else:
                 numbers.setdefault(str(position), {})[key] = value
-    tensors["random"] = torch.get_rng_state()
 
     def write(path: Path) -> None:
         path.mkdir()
@@ -65,7 +64,7 @@ def save(
 def load(
     folder: Path, *, model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a checkpoint back into model, optimiser and torch's random state; returns best weights and ``state``."""
+    """Put a checkpoint back into model and optimiser; returns best weights and ``state``."""
     tensors = load_file(folder / NAME / "state.safetensors")
     state = peek(folder)
     assert state is not None
@@ -79,7 +78,6 @@ def load(
         position, _, key = name.partition("/")
         moments.setdefault(int(position), {})[key] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["random"])
     return under("best/"), state
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,7 +26,7 @@ from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.protocols import validation_score
 from mmllmrec.models.base import Recommender
 from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, write_json
-from mmllmrec.seed import generator, seed_everything
+from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
 
 
@@ -46,6 +48,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.name}: best epoch {self.best_epoch}, {self.card.settings['monitor']} {self.best_score:.4f})"
+
+
+class DivergedError(DataError):
+    """A loss term is not finite any more: these settings cannot be trained."""
 
 
 class _Loss(nn.Module):
@@ -78,6 +84,8 @@ def fit(
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool = True,
+    chunk: int | None = None,
+    on_epoch: Callable[[dict[str, Any]], bool | None] | None = None,
     log_with: Any = None,
     progress: bool = True,
 ) -> Run:
@@ -89,10 +97,15 @@ def fit(
     ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
     items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
     every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result.
-    ``log_with`` is any tracker of Accelerate. A model in closed form is only measured.
+    ``chunk`` bounds how many items a model that reads content encodes at once (``encoders.gather.in_chunks``: the same
+    gradients, less memory, one forward more). ``on_epoch`` is called in the main process with every row of the history;
+    True ends the run there. ``log_with`` is any tracker of Accelerate. A model in closed form is only measured.
 
-    Raises ``DataError`` when a loss term is not finite, when ``folder`` holds a checkpoint of other settings, and for
-    ``item_batch`` with a model that samples negatives.
+    Started by ``accelerate launch`` or torchrun it trains in that many processes, each with its share of every batch,
+    in the precision that the launcher asks for; validation is in float32.
+
+    Raises ``DivergedError`` when a loss term is not finite, ``DataError`` when ``folder`` holds a checkpoint of other
+    settings, and for ``item_batch`` with a model that samples negatives.
     """
     if item_batch is not None and (item_batch < 2 or model.negatives):
         raise DataError(
@@ -133,7 +146,10 @@ def fit(
 
     seed_everything(seed)
     place = None if folder is None else Path(folder)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with, project_dir=place)
+    # a process may hold no picture, or no word, in its share of a batch: what reads them has no gradient there
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, log_with=log_with, project_dir=place, kwargs_handlers=[unused] if model.modalities else [])
     rank, world = accelerator.process_index, accelerator.num_processes
     if batch_size % world:
         raise DataError(f"batch_size={batch_size} is that of all {world} processes: make it divisible by {world}")
@@ -152,7 +168,7 @@ def fit(
     same = {**settings, "seed": seed, "split": split.hash, "model": card.model}
     key = content_hash(same)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best_score": -math.inf, "bad": 0, "history": []}
-    state |= {"terms": {}, "spent": 0.0, "settings": same, "key": key}
+    state |= {"terms": {}, "spent": 0.0, "stopped": False, "settings": same, "key": key}
     best = checkpoint.trained(model)
     if place is not None and resume and (found := checkpoint.peek(place)) is not None:
         if found["key"] != key:
@@ -186,7 +202,7 @@ def fit(
         if place is not None and accelerator.is_main_process:
             checkpoint.save(place, model=model, optimiser=inner, best=best, state=state)
 
-    while state["epoch"] < epochs and not (patience is not None and state["bad"] >= patience):
+    while state["epoch"] < epochs and not state["stopped"]:
         number = state["epoch"]
         # an epoch's batches depend on seed and number alone: a run cut off in the middle draws the same ones again
         rng = generator(seed, "epoch", number)
@@ -200,21 +216,22 @@ def fit(
                 continue
             for group, full in zip(inner.param_groups, base, strict=True):
                 group["lr"] = full * factor(number * steps_an_epoch + position, total, schedule, warmup)
-            share = batch.share(rank, world).to(accelerator.device)
+            # what a model draws (dropout) depends on the step and the process, so a resumed run draws the same in each
+            torch.manual_seed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
+            held = len(range(rank, len(batch), world))
+            share = replace(batch.share(rank, world), chunk=chunk).to(accelerator.device)
             terms = loss_of(share)
             loss = torch.stack(list(terms.values())).sum()
             if not bool(torch.isfinite(loss)):
-                raise DataError(_diverged(terms, number))
+                raise DivergedError(_diverged(terms, number))
             optimiser.zero_grad(set_to_none=True)
             # shares of the last batch can differ in size; each counts by its number of positives
-            accelerator.backward(loss * (len(share) * world / len(batch)))
+            accelerator.backward(loss * (held * world / len(batch)))
             if clip is not None:
                 accelerator.clip_grad_norm_(model.parameters(), clip)
             optimiser.step()
             for name, value in terms.items():
-                local[name] = local.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double() * len(
-                    share
-                )
+                local[name] = local.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double() * held
             state["step"] = position + 1
             bar.update()
             if position % 10 == 0:
@@ -225,12 +242,16 @@ def fit(
         row = {"epoch": number, **{k: v / len(split.train) for k, v in state["terms"].items()}}
         if (number + 1) % eval_every == 0 or number + 1 == epochs:
             row[monitor] = validation_score(model, split.train, split.valid, metric=monitor)
-            if row[monitor] > state["best_score"]:
-                best = checkpoint.trained(model)
-                state |= {"best_epoch": number, "best_score": row[monitor], "bad": 0}
-            else:
-                state["bad"] += 1
         row["seconds"] = spent + time.perf_counter() - began
+        stop = bool(on_epoch(row)) if on_epoch is not None and accelerator.is_main_process else False
+        # processes that decide apart, on numbers that can differ in the last place, would wait on one another for ever
+        row, stop = broadcast_object_list([row, stop])
+        if row.get(monitor, -math.inf) > state["best_score"]:
+            best = checkpoint.trained(model)
+            state |= {"best_epoch": number, "best_score": row[monitor], "bad": 0}
+        elif monitor in row:
+            state["bad"] += 1
+        state["stopped"] = stop or (patience is not None and state["bad"] >= patience)
         state["history"].append(row)
         state |= {"epoch": number + 1, "step": 0, "terms": {}}
         accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=number)
