@@ -23,6 +23,9 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "LightGCN": lambda train, catalog: models.LightGCN(train, dim=5, layers=2, reg=1e-2),
     "VBPR": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3),
     "VBPR with biases": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3, bias=True),
+    "BPR, softmax": lambda train, catalog: models.BPR(train, dim=5, loss="softmax"),
+    "LightGCN, softmax": lambda train, catalog: models.LightGCN(train, dim=5, layers=2, loss="softmax"),
+    "VBPR, softmax": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3, loss="softmax"),
     "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
     "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
 }

@@ -1,0 +1,94 @@
+"""Models that read frozen features of items: how the features come in, are saved, and are exchanged.
+
+Legend: I items, M modalities, F width of all features side by side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import Recommender, read_tensors
+from mmllmrec.models.vectors import VectorModel
+
+
+class ContentModel(VectorModel):
+    """A ``VectorModel`` with ``content`` (I, F), all modalities' features side by side, an absent one zero.
+
+    ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
+    train items. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
+    it is given. With the softmax loss, items with the same features are not each other's negatives.
+    Raises ``DataError`` without ``catalog`` and ``features``, and for features of another number of items.
+    """
+
+    supports_cold_items: ClassVar[bool] = True
+    warm: Tensor
+    content: Tensor
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None,
+        features: FeatureTable | None,
+        feature_dim: int,
+        loss: str,
+        **config: Any,
+    ):
+        super().__init__(train, loss=loss, feature_dim=feature_dim, **config)
+        warm = train.item_counts > 0
+        if features is None:
+            if catalog is None:
+                raise DataError(f"{self.name} reads items' content: pass catalog= or features=")
+            features = FeatureTable.from_catalog(catalog, fit_on=warm).whiten(warm, feature_dim)
+        if len(features) != self.n_items:
+            raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
+        self.modalities = features.modalities
+        self.width = sum(features.widths.values())
+        self.register_buffer("warm", torch.from_numpy(warm), persistent=False)
+        self._use(features)
+
+    def _use(self, features: FeatureTable) -> None:
+        self.features = features
+        content = features.concatenated()
+        self.register_buffer("content", torch.from_numpy(content), persistent=False)
+        self.same = torch.from_numpy(np.unique(content, axis=0, return_inverse=True)[1].reshape(-1))
+
+    def with_catalog(self, catalog: Catalog) -> Self:
+        """The same weights reading another catalogue of the same items, through the maps fitted at building."""
+        if catalog.item_ids != self.train_data.item_ids:
+            raise DataError(f"{self.name}.with_catalog: the catalogue's items are not those of the training events")
+        table = FeatureTable.from_catalog(catalog, fit_on=self.train_data.item_counts > 0)
+        other = self._beside()  # it shares parameters, not the features
+        other._use(table.like(self.features))
+        return other.to(self.device)
+
+    def provenance(self) -> dict[str, Any]:
+        """The hash of the features it reads."""
+        return {"features": self.features.hash}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters, and the features with the maps that made them."""
+        arrays = self.features.arrays()
+        return super().weights() | {f"features.{k}": torch.tensor(v) for k, v in arrays.items()}
+
+    @classmethod
+    def _restore(cls, folder: Path, train: Interactions, catalog: Catalog | None, about: dict[str, Any]) -> Recommender:
+        state = read_tensors(folder / "model.safetensors")
+        saved = {k.removeprefix("features."): state.pop(k).numpy() for k in list(state) if k.startswith("features.")}
+        features = FeatureTable.from_arrays(saved, modalities=about["modalities"])
+        model = cls(train, features=features, **cls._given(state), **about["config"])  # type: ignore[call-arg]
+        model.load_state_dict(state)
+        return model
+
+    @classmethod
+    def _given(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the constructor that are tensors, from what was saved."""
+        return {}
