@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
@@ -19,9 +19,16 @@ from mmllmrec.models.base import Recommender, read_tensors
 from mmllmrec.models.vectors import VectorModel
 
 
+def tower(width: int, *, hidden: int, dim: int) -> nn.Sequential:
+    """Two layers, W_2 act(W_1 x), (..., width) -> (..., dim), without biases: what is all zero stays zero."""
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.LeakyReLU(), nn.Linear(hidden, dim, bias=False))
+
+
 class ContentModel(VectorModel):
     """A ``VectorModel`` with ``content`` (I, F), all modalities' features side by side, an absent one zero.
 
+    ``described`` adds a column a modality, 1 where it is present: the weights on it are a bias that only a present
+    modality has, so that a network can tell an absent one from one with mean features.
     ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
     train items. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
     it is given. With the softmax loss, items with the same features are not each other's negatives.
@@ -31,6 +38,7 @@ class ContentModel(VectorModel):
     supports_cold_items: ClassVar[bool] = True
     warm: Tensor
     content: Tensor
+    described: Tensor
 
     def __init__(
         self,
@@ -46,25 +54,29 @@ class ContentModel(VectorModel):
         warm = train.item_counts > 0
         if features is None:
             if catalog is None:
-                raise DataError(f"{self.name} reads items' content: pass catalog= or features=")
+                raise DataError(f"{type(self).__name__} reads items' content: pass catalog= or features=")
             features = FeatureTable.from_catalog(catalog, fit_on=warm).whiten(warm, feature_dim)
         if len(features) != self.n_items:
             raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
         self.modalities = features.modalities
-        self.width = sum(features.widths.values())
+        self.width = sum(features.widths.values())  # F; described has F + M columns
         self.register_buffer("warm", torch.from_numpy(warm), persistent=False)
         self._use(features)
 
     def _use(self, features: FeatureTable) -> None:
         self.features = features
         content = features.concatenated()
+        described = np.concatenate([content, features.presence.astype(np.float32)], axis=1)
         self.register_buffer("content", torch.from_numpy(content), persistent=False)
-        self.same = torch.from_numpy(np.unique(content, axis=0, return_inverse=True)[1].reshape(-1))
+        self.register_buffer("described", torch.from_numpy(described), persistent=False)
+        self.same = torch.from_numpy(np.unique(described, axis=0, return_inverse=True)[1].reshape(-1))
 
     def with_catalog(self, catalog: Catalog) -> Self:
         """The same weights reading another catalogue of the same items, through the maps fitted at building."""
         if catalog.item_ids != self.train_data.item_ids:
-            raise DataError(f"{self.name}.with_catalog: the catalogue's items are not those of the training events")
+            raise DataError(
+                f"{type(self).__name__}.with_catalog: the catalogue's items are not those of the training events"
+            )
         table = FeatureTable.from_catalog(catalog, fit_on=self.train_data.item_counts > 0)
         other = self._beside()  # it shares parameters, not the features
         other._use(table.like(self.features))

@@ -1,64 +1,19 @@
-"""LightGCN: neighbourhood averaging on the user-item graph, and nothing else.
+"""LightGCN: neighbourhood averaging on the user-item graph; of IDs alone, or of IDs and content.
 
-Legend: B batch, C some items, U users, I items, D width, K layers.
+Legend: U users, I items, D width.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
+from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
-from mmllmrec.encoders.graph import LightGraph
-from mmllmrec.models.vectors import VectorModel
-
-
-class GraphModel(VectorModel):
-    """A ``VectorModel`` whose vectors are embeddings of users and items (``own``) smoothed over the graph of events.
-
-    ``encoders.graph.LightGraph``: He et al. 2020, eqs. 3 and 4. An item that stands on its content and has no event has
-    layer 0 alone, and its mean is over the one layer it has (the encoder's own mean would shrink it by K + 1 beside the
-    warm ones, which the inner product of BPR sees and a cosine does not). A subclass calls ``_join`` once.
-    """
-
-    def _join(self, events: Interactions, layers: int) -> None:
-        """Build the graph of some events."""
-        self.graph = LightGraph(events, layers=layers)
-        alone = torch.from_numpy(events.item_counts == 0) & self.supports_cold_items
-        self.register_buffer("item_factor", (1.0 + layers * alone)[:, None], persistent=False)
-
-    item_factor: Tensor
-
-    @abstractmethod
-    def own(self) -> tuple[Tensor, Tensor]:
-        """Embeddings before propagation, E^(0): users (U, D), items (I, D)."""
-
-    def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
-        all_users, all_items = self.graph(*self.own())
-        all_items = all_items * self.item_factor
-        return all_users[users], *(all_items[i] for i in items)
-
-    def with_history(self, history: Interactions) -> Self:
-        """The same weights on the graph of other events: a node new to it takes its neighbours' embeddings."""
-        other = self._beside(history)
-        other.history = history.csr
-        other._know(history)
-        other._join(history, self.graph.layers)
-        return other.to(self.device)
-
-    def _folded(self, users: Tensor, items: Tensor) -> Tensor:
-        return users  # the graph has done it
-
-    def _trained(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of IDs (U, D), (I, D), those that no training event moved at zero: absent."""
-        known = (
-            torch.from_numpy(c > 0).to(users.device) for c in (self.train_data.user_counts, self.train_data.item_counts)
-        )
-        return users * next(known)[:, None], items * next(known)[:, None]
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.content import ContentModel
+from mmllmrec.models.graphs import GraphModel
 
 
 class LightGCN(GraphModel):
@@ -84,6 +39,50 @@ class LightGCN(GraphModel):
         if self.history is None:
             return self.users.weight, self.items.weight
         return self._trained(self.users.weight, self.items.weight)
+
+    def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
+        assert batch.negatives is not None
+        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)
+
+
+class LightGCNContent(GraphModel, ContentModel):
+    """LightGCN whose items are an ID and frozen features: e_i^(0) = present_i id_i + E f_i, smoothed over the graph.
+
+    The two-stage row beside ``Unified``: features extracted first, LightGCN's encoder (He et al. 2020, eqs. 3 and 4)
+    afterwards. No paper of its own; E has no bias, so an absent modality adds nothing, and an item without a training
+    event, whose ID is absent, stands on its content. ``id_dropout`` is the chance that an item's ID is absent for a
+    step of training, so that content learns to stand alone. ``features`` or ``catalog``, ``feature_dim``: see
+    ``ContentModel``; ``dim``, ``layers``, ``reg`` and ``loss``: see ``LightGCN``.
+    """
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None = None,
+        features: FeatureTable | None = None,
+        dim: int = 64,
+        layers: int = 2,
+        reg: float = 1e-4,
+        feature_dim: int = 64,
+        id_dropout: float = 0.3,
+        loss: str = "bpr",
+    ):
+        options = {"dim": dim, "layers": layers, "reg": reg, "id_dropout": id_dropout}
+        super().__init__(train, catalog=catalog, features=features, feature_dim=feature_dim, loss=loss, **options)
+        self.users = nn.Embedding(self.n_users, dim)
+        self.items = nn.Embedding(self.n_items, dim)
+        self.project = nn.Linear(self.width, dim, bias=False)
+        for weight in (self.users.weight, self.items.weight, self.project.weight):
+            nn.init.xavier_uniform_(weight)
+        self.id_dropout = id_dropout
+        self._join(train, layers)
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        users, ids = self._trained(self.users.weight, self.items.weight)
+        if self.training and self.id_dropout:
+            ids = ids * (torch.rand(len(ids), 1, device=ids.device) >= self.id_dropout)
+        return users, ids + self.project(self.content)
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
         assert batch.negatives is not None

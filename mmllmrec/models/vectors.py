@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, InBatch, in_batch
 from mmllmrec.encoders.backbone import unit
 from mmllmrec.models.base import Recommender
-
-LOSSES = ("bpr", "softmax")
 
 
 def temperature_start() -> nn.Parameter:
@@ -50,18 +48,21 @@ class VectorModel(Recommender):
     ``losses.embedding_norm`` of what ``penalised`` names. ``loss="softmax"``: score(u, i) = cos(p_u, q_i) /
     temperature, learned, with ``cosine_softmax``; no negative is sampled and ``reg`` does nothing, since a cosine has
     no norms to penalise. There, a user without an event, and in a model that reads no content an item without one, is
-    a zero vector: its ID is absent. A subclass defines ``vectors``. Raises ``DataError`` for another loss.
+    a zero vector: its ID is absent. A subclass defines ``vectors``. Raises ``DataError`` for a loss that is not among
+    ``losses``.
     """
 
+    losses: ClassVar[tuple[str, ...]] = ("bpr", "softmax")  # the published one first
     user_present: Tensor
     item_present: Tensor
     same: Tensor | None = None  # (I,) equal numbers: items that cannot be told apart are not each other's negatives
 
-    def __init__(self, train: Interactions, *, loss: str, reg: float = 0.0, **config: Any):
-        super().__init__(train, loss=loss, reg=reg, **config)
-        if loss not in LOSSES:
-            raise DataError(f"loss={loss!r}: use one of {LOSSES}")
-        self.loss_name, self.negatives, self.reg = loss, int(loss == "bpr"), reg
+    def __init__(self, train: Interactions, *, loss: str, **config: Any):
+        super().__init__(train, loss=loss, **config)
+        if loss not in self.losses:
+            raise DataError(f"loss={loss!r}: {type(self).__name__} has {self.losses}")
+        self.loss_name, self.negatives = loss, int(loss != "softmax")
+        self.reg = float(config.get("reg", 0.0))
         self.log_scale = temperature_start() if loss == "softmax" else None
         self.history: sparse.csr_matrix | None = None
         self._know(train)
@@ -71,6 +72,12 @@ class VectorModel(Recommender):
         self.register_buffer("user_present", torch.from_numpy(events.user_counts > 0), persistent=False)
         items = torch.from_numpy((events.item_counts > 0) | self.supports_cold_items)
         self.register_buffer("item_present", items, persistent=False)
+
+    @property
+    def name(self) -> str:
+        """The class's name, and the loss where it is not the published one: ``LightGCN (softmax)``."""
+        kind = type(self).__name__
+        return kind if self.loss_name == self.losses[0] else f"{kind} ({self.loss_name})"
 
     @abstractmethod
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
@@ -121,7 +128,7 @@ class VectorModel(Recommender):
     def _beside(self, history: Interactions | None = None) -> Self:
         """A shallow copy that shares parameters and may be given buffers and modules of its own."""
         if history is not None:
-            check_ids(f"{self.name}.with_history", history, self.train_data)
+            check_ids(f"{type(self).__name__}.with_history", history, self.train_data)
         other = copy.copy(self)
         other._buffers, other._modules = dict(self._buffers), dict(self._modules)
         return other
@@ -131,9 +138,13 @@ class VectorModel(Recommender):
         if self.history is None:
             return users
         changed = torch.from_numpy(np.diff((self.history != self.train_data.csr).tocsr().indptr) > 0).to(users.device)
-        counts = np.maximum(np.diff(self.history.indptr), 1)[:, None]
-        mean = torch.from_numpy(((self.history @ items.detach().cpu().numpy()) / counts).astype(np.float32))
-        return torch.where(changed[:, None], mean.to(users), users)
+        return torch.where(changed[:, None], means_of(self.history, items), users)
+
+
+def means_of(events: sparse.csr_matrix, items: Tensor) -> Tensor:
+    """Each user's mean over its items, (U, I) and (I, D) -> (U, D) without gradient; zero for a user without events."""
+    counts = np.maximum(np.diff(events.indptr), 1)[:, None]
+    return torch.from_numpy(((events @ items.detach().cpu().numpy()) / counts).astype(np.float32)).to(items.device)
 
 
 def check_ids(what: str, history: Interactions, train: Interactions) -> None:
