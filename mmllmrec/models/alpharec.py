@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
+from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel, tower
 from mmllmrec.models.graphs import GraphModel
@@ -48,7 +49,7 @@ class AlphaRec(GraphModel, ContentModel):
         options = {"dim": dim, "hidden": hidden, "layers": layers}
         super().__init__(train, catalog=catalog, features=features, feature_dim=feature_dim, loss=loss, **options)
         self.tower = tower(self.described.shape[1], hidden=hidden, dim=dim)
-        self._join(train, layers)
+        self.graph = LightGraph(train, layers=layers)
 
     tastes: Tensor
 

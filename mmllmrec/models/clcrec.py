@@ -83,13 +83,9 @@ class CLCRec(ContentModel):
         terms = {"softmax": (1 - self.weight) * cosine_softmax(p, v, found, log_scale=self.log_scale)}
         own = torch.arange(len(z), device=z.device)
         alike = self.same.to(z.device)[found.items] if self.same is not None else own
-        some = self.features_of(found.items)
+        some = (self.described[found.items] != 0).any(dim=-1)
         value = losses.sampled_softmax(
             z[some], f, own[some], mask=(alike[:, None] == alike)[some], temperature=self.temperature
         )
         terms["content"] = self.weight * (value if bool(some.any()) else f.sum())  # no anchor: f is all zero
         return terms
-
-    def features_of(self, items: Tensor) -> Tensor:
-        """Which of some items have any content, (C,) -> (C,) bool."""
-        return (self.described[items] != 0).any(dim=-1)

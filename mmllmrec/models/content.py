@@ -36,7 +36,6 @@ class ContentModel(VectorModel):
     """
 
     supports_cold_items: ClassVar[bool] = True
-    warm: Tensor
     content: Tensor
     described: Tensor
 
@@ -60,7 +59,6 @@ class ContentModel(VectorModel):
             raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
         self.modalities = features.modalities
         self.width = sum(features.widths.values())  # F; described has F + M columns
-        self.register_buffer("warm", torch.from_numpy(warm), persistent=False)
         self._use(features)
 
     def _use(self, features: FeatureTable) -> None:

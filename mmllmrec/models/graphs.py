@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from mmllmrec.data.interactions import Interactions
@@ -19,18 +18,13 @@ from mmllmrec.models.vectors import VectorModel
 class GraphModel(VectorModel):
     """A ``VectorModel`` whose vectors are embeddings of users and items (``own``) smoothed over the graph of events.
 
-    ``encoders.graph.LightGraph``: He et al. 2020, eqs. 3 and 4. An item that stands on its content and has no event has
-    layer 0 alone, and its mean is over the one layer it has (the encoder's own mean would shrink it by K + 1 beside the
-    warm ones, which the inner product of BPR sees and a cosine does not). A subclass calls ``_join`` once.
+    ``encoders.graph.LightGraph``: He et al. 2020, eqs. 3 and 4. An item that stands on its content and has no event
+    keeps its own layer, E^(0) / (K + 1): what its content adds to a warm item too, whose neighbours add the rest. (A
+    mean over the one layer it has would be K + 1 times as long, and under BPR put every cold item before every warm
+    one; a cosine sees no difference.) A subclass sets ``graph``.
     """
 
-    def _join(self, events: Interactions, layers: int) -> None:
-        """Build the graph of some events."""
-        self.graph = LightGraph(events, layers=layers)
-        alone = torch.from_numpy(events.item_counts == 0) & self.supports_cold_items
-        self.register_buffer("item_factor", (1.0 + layers * alone)[:, None], persistent=False)
-
-    item_factor: Tensor
+    graph: LightGraph
 
     @abstractmethod
     def own(self) -> tuple[Tensor, Tensor]:
@@ -38,7 +32,6 @@ class GraphModel(VectorModel):
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         all_users, all_items = self.graph(*self.own())
-        all_items = all_items * self.item_factor
         return all_users[users], *(all_items[i] for i in items)
 
     def with_history(self, history: Interactions) -> Self:
@@ -46,7 +39,7 @@ class GraphModel(VectorModel):
         other = self._beside(history)
         other.history = history.csr
         other._know(history)
-        other._join(history, self.graph.layers)
+        other.graph = LightGraph(history, layers=self.graph.layers)
         return other.to(self.device)
 
     def _folded(self, users: Tensor, items: Tensor) -> Tensor:
@@ -54,7 +47,4 @@ class GraphModel(VectorModel):
 
     def _trained(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of IDs (U, D), (I, D), those that no training event moved at zero: absent."""
-        known = (
-            torch.from_numpy(c > 0).to(users.device) for c in (self.train_data.user_counts, self.train_data.item_counts)
-        )
-        return users * next(known)[:, None], items * next(known)[:, None]
+        return users * self.known[:, None], items * self.warm[:, None]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
+from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel
 from mmllmrec.models.graphs import GraphModel
@@ -33,7 +34,7 @@ class LightGCN(GraphModel):
         self.items = nn.Embedding(self.n_items, dim)
         for table in (self.users, self.items):
             nn.init.xavier_uniform_(table.weight)
-        self._join(train, layers)
+        self.graph = LightGraph(train, layers=layers)
 
     def own(self) -> tuple[Tensor, Tensor]:
         if self.history is None:
@@ -76,7 +77,7 @@ class LightGCNContent(GraphModel, ContentModel):
         for weight in (self.users.weight, self.items.weight, self.project.weight):
             nn.init.xavier_uniform_(weight)
         self.id_dropout = id_dropout
-        self._join(train, layers)
+        self.graph = LightGraph(train, layers=layers)
 
     def own(self) -> tuple[Tensor, Tensor]:
         users, ids = self._trained(self.users.weight, self.items.weight)

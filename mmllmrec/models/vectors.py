@@ -53,7 +53,9 @@ class VectorModel(Recommender):
     """
 
     losses: ClassVar[tuple[str, ...]] = ("bpr", "softmax")  # the published one first
-    user_present: Tensor
+    known: Tensor  # (U,) users, and warm (I,) items, with a training event
+    warm: Tensor
+    user_present: Tensor  # (U,) and (I,) whose vector there is, with the events at hand
     item_present: Tensor
     same: Tensor | None = None  # (I,) equal numbers: items that cannot be told apart are not each other's negatives
 
@@ -65,10 +67,12 @@ class VectorModel(Recommender):
         self.reg = float(config.get("reg", 0.0))
         self.log_scale = temperature_start() if loss == "softmax" else None
         self.history: sparse.csr_matrix | None = None
+        self.register_buffer("known", torch.from_numpy(train.user_counts > 0), persistent=False)
+        self.register_buffer("warm", torch.from_numpy(train.item_counts > 0), persistent=False)
         self._know(train)
 
     def _know(self, events: Interactions) -> None:
-        """Whose ID is present: (U,) and (I,) bool."""
+        """Users with one of these events, and items that have one or stand on their content."""
         self.register_buffer("user_present", torch.from_numpy(events.user_counts > 0), persistent=False)
         items = torch.from_numpy((events.item_counts > 0) | self.supports_cold_items)
         self.register_buffer("item_present", items, persistent=False)
