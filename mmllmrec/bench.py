@@ -77,7 +77,7 @@ def model_of(name: str, split: Split, *, preset: str = "nano") -> Any:
         raise DataError(f"unknown model {name!r}; models are {sorted(known)}")
     if kind.__name__ == "Unified":
         return kind.from_preset(preset, data=split.train, catalog=split.catalog)  # type: ignore[attr-defined]
-    content = {"catalog": split.catalog} if kind.__name__ == "VBPR" else {}
+    content = {"catalog": split.catalog} if hasattr(kind, "with_catalog") else {}
     return kind(split.train, **content)
 
 

@@ -17,12 +17,44 @@ from mmllmrec.models.base import Recommender
 U, N = 7, 11
 USERS = np.arange(U)
 
+
+def a_stage() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of users and items as a first stage gives them."""
+    return torch.randn(U, 4), torch.randn(N, 4)
+
+
 # name -> (training events, catalogue) -> a small model, built after a seed
 MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "BPR": lambda train, catalog: models.BPR(train, dim=5),
     "LightGCN": lambda train, catalog: models.LightGCN(train, dim=5, layers=2, reg=1e-2),
     "VBPR": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3),
     "VBPR with biases": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3, bias=True),
+    "BPR, softmax": lambda train, catalog: models.BPR(train, dim=5, loss="softmax"),
+    "LightGCN, softmax": lambda train, catalog: models.LightGCN(train, dim=5, layers=2, loss="softmax"),
+    "VBPR, softmax": lambda train, catalog: models.VBPR(train, catalog=catalog, dim=5, feature_dim=3, loss="softmax"),
+    "AlphaRec": lambda train, catalog: models.AlphaRec(train, catalog=catalog, dim=5, hidden=7, feature_dim=3),
+    "AlphaRec, bpr": lambda train, catalog: models.AlphaRec(
+        train, catalog=catalog, dim=5, hidden=7, feature_dim=3, loss="bpr"
+    ),
+    "LightGCNContent": lambda train, catalog: models.LightGCNContent(
+        train, catalog=catalog, dim=5, feature_dim=3, id_dropout=0.0, reg=1e-2
+    ),
+    "LightGCNContent, softmax": lambda train, catalog: models.LightGCNContent(
+        train, catalog=catalog, dim=5, feature_dim=3, loss="softmax"
+    ),
+    "CLCRec": lambda train, catalog: models.CLCRec(train, catalog=catalog, dim=5, hidden=7, feature_dim=3),
+    "DropoutNet": lambda train, catalog: models.DropoutNet(
+        train, catalog=catalog, latents=a_stage(), dim=5, hidden=9, dropout=0.0, feature_dim=3
+    ),
+    "DropoutNet, softmax": lambda train, catalog: models.DropoutNet(
+        train, catalog=catalog, latents=a_stage(), dim=5, hidden=9, feature_dim=3, loss="softmax"
+    ),
+    "ALDI": lambda train, catalog: models.ALDI(
+        train, catalog=catalog, latents=a_stage(), dim=5, hidden=9, feature_dim=3
+    ),
+    "ALDI, softmax": lambda train, catalog: models.ALDI(
+        train, catalog=catalog, latents=a_stage(), dim=5, hidden=9, feature_dim=3, loss="softmax"
+    ),
     "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
     "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
 }

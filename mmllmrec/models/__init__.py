@@ -6,11 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmllmrec.models.aldi import ALDI
+    from mmllmrec.models.alpharec import AlphaRec
     from mmllmrec.models.base import Recommender
     from mmllmrec.models.bpr import BPR
+    from mmllmrec.models.clcrec import CLCRec
+    from mmllmrec.models.dropoutnet import DropoutNet
     from mmllmrec.models.ease import EASE
     from mmllmrec.models.itemknn import ItemKNN
-    from mmllmrec.models.lightgcn import LightGCN
+    from mmllmrec.models.lightgcn import LightGCN, LightGCNContent
     from mmllmrec.models.unified import Unified
     from mmllmrec.models.vbpr import VBPR
 
@@ -21,10 +25,29 @@ WHERE = {
     "BPR": "bpr",
     "VBPR": "vbpr",
     "LightGCN": "lightgcn",
+    "LightGCNContent": "lightgcn",
+    "AlphaRec": "alpharec",
+    "CLCRec": "clcrec",
+    "DropoutNet": "dropoutnet",
+    "ALDI": "aldi",
     "Unified": "unified",
 }
 
-__all__ = ["BPR", "EASE", "VBPR", "ItemKNN", "LightGCN", "Recommender", "Unified", "classes"]
+__all__ = [
+    "ALDI",
+    "BPR",
+    "EASE",
+    "VBPR",
+    "AlphaRec",
+    "CLCRec",
+    "DropoutNet",
+    "ItemKNN",
+    "LightGCN",
+    "LightGCNContent",
+    "Recommender",
+    "Unified",
+    "classes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,8 +39,8 @@ class Recommender(nn.Module):
     supports_cold_items: ClassVar[bool] = False
     supports_cold_users: ClassVar[bool] = False
     modalities: tuple[str, ...] = ()
-    negatives: ClassVar[int] = 1  # sampled negatives a positive; 0 for in-batch losses and closed forms
-    loss_name: ClassVar[str] = "bpr"  # the loss column of a table
+    negatives: int = 1  # sampled negatives a positive; 0 for in-batch losses and closed forms
+    loss_name: str = "bpr"  # the loss column of a table
 
     def __init__(self, train: Interactions, **config: Any):
         super().__init__()
@@ -172,8 +172,8 @@ class ClosedForm(Recommender):
     """
 
     trainable: ClassVar[bool] = False
-    negatives: ClassVar[int] = 0
-    loss_name: ClassVar[str] = "-"
+    negatives: int = 0
+    loss_name: str = "-"
 
     def __init__(self, train: Interactions, **config: Any):
         super().__init__(train, **config)

@@ -64,8 +64,8 @@ class Unified(Recommender):
     """
 
     supports_cold_items: ClassVar[bool] = True
-    negatives: ClassVar[int] = 0
-    loss_name: ClassVar[str] = "softmax"
+    negatives: int = 0
+    loss_name: str = "softmax"
     fit_defaults: ClassVar[dict[str, Any]] = {
         "epochs": 24,
         "item_batch": 128,

@@ -1,0 +1,104 @@
+"""Models that read frozen features of items: how the features come in, are saved, and are exchanged.
+
+Legend: I items, M modalities, F width of all features side by side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import Recommender, read_tensors
+from mmllmrec.models.vectors import VectorModel
+
+
+def tower(width: int, *, hidden: int, dim: int) -> nn.Sequential:
+    """Two layers, W_2 act(W_1 x), (..., width) -> (..., dim), without biases: what is all zero stays zero."""
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.LeakyReLU(), nn.Linear(hidden, dim, bias=False))
+
+
+class ContentModel(VectorModel):
+    """A ``VectorModel`` with ``content`` (I, F), all modalities' features side by side, an absent one zero.
+
+    ``described`` adds a column a modality, 1 where it is present: the weights on it are a bias that only a present
+    modality has, so that a network can tell an absent one from one with mean features.
+    ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
+    train items. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
+    it is given. With the softmax loss, items with the same features are not each other's negatives.
+    Raises ``DataError`` without ``catalog`` and ``features``, and for features of another number of items.
+    """
+
+    supports_cold_items: ClassVar[bool] = True
+    content: Tensor
+    described: Tensor
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None,
+        features: FeatureTable | None,
+        feature_dim: int,
+        loss: str,
+        **config: Any,
+    ):
+        super().__init__(train, loss=loss, feature_dim=feature_dim, **config)
+        warm = train.item_counts > 0
+        if features is None:
+            if catalog is None:
+                raise DataError(f"{type(self).__name__} reads items' content: pass catalog= or features=")
+            features = FeatureTable.from_catalog(catalog, fit_on=warm).whiten(warm, feature_dim)
+        if len(features) != self.n_items:
+            raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
+        self.modalities = features.modalities
+        self.width = sum(features.widths.values())  # F; described has F + M columns
+        self._use(features)
+
+    def _use(self, features: FeatureTable) -> None:
+        self.features = features
+        content = features.concatenated()
+        described = np.concatenate([content, features.presence.astype(np.float32)], axis=1)
+        self.register_buffer("content", torch.from_numpy(content), persistent=False)
+        self.register_buffer("described", torch.from_numpy(described), persistent=False)
+        self.same = torch.from_numpy(np.unique(described, axis=0, return_inverse=True)[1].reshape(-1))
+
+    def with_catalog(self, catalog: Catalog) -> Self:
+        """The same weights reading another catalogue of the same items, through the maps fitted at building."""
+        if catalog.item_ids != self.train_data.item_ids:
+            raise DataError(
+                f"{type(self).__name__}.with_catalog: the catalogue's items are not those of the training events"
+            )
+        table = FeatureTable.from_catalog(catalog, fit_on=self.train_data.item_counts > 0)
+        other = self._beside()  # it shares parameters, not the features
+        other._use(table.like(self.features))
+        return other.to(self.device)
+
+    def provenance(self) -> dict[str, Any]:
+        """The hash of the features it reads."""
+        return {"features": self.features.hash}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters, and the features with the maps that made them."""
+        arrays = self.features.arrays()
+        return super().weights() | {f"features.{k}": torch.tensor(v) for k, v in arrays.items()}
+
+    @classmethod
+    def _restore(cls, folder: Path, train: Interactions, catalog: Catalog | None, about: dict[str, Any]) -> Recommender:
+        state = read_tensors(folder / "model.safetensors")
+        saved = {k.removeprefix("features."): state.pop(k).numpy() for k in list(state) if k.startswith("features.")}
+        features = FeatureTable.from_arrays(saved, modalities=about["modalities"])
+        model = cls(train, features=features, **cls._given(state), **about["config"])  # type: ignore[call-arg]
+        model.load_state_dict(state)
+        return model
+
+    @classmethod
+    def _given(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the constructor that are tensors, from what was saved."""
+        return {}
