@@ -55,6 +55,59 @@ class Gate(nn.Module):
         return (weights[..., None] * vectors).sum(dim=1), weights
 
 
+class Mean(nn.Module):
+    """Unweighted: (B, M, D), (B, M) bool -> the mean of what is present (B, D), its weights (B, M)."""
+
+    def __init__(self, dim: int, vectors: int):
+        super().__init__()
+
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        return mean(vectors, present), present / present.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class Concat(nn.Module):
+    """Side by side and through one linear map: (B, M, D), (B, M) bool -> fused (B, D), weights (B, M).
+
+    fused = W [v_1; ...; v_M] + b, an absent v zero and its presence a column of its own; the weights are those of
+    presence, for the map has none a row. A row with none present is exactly zero.
+    """
+
+    def __init__(self, dim: int, vectors: int):
+        super().__init__()
+        self.linear = nn.Linear(vectors * (dim + 1), dim)
+
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        _check(vectors, present)
+        flat = vectors.masked_fill(~present[..., None], 0.0).flatten(1)
+        fused = self.linear(torch.cat([flat, present.to(flat.dtype)], dim=1))
+        return fused * present.any(dim=1, keepdim=True), present / present.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class Attentive(nn.Module):
+    """Each vector weighed by its own content: (B, M, D), (B, M) bool -> fused (B, D), weights (B, M).
+
+    weights = softmax over present m of a . tanh(W v_m + e_m), fused = sum of weights_m v_m (Bahdanau et al. 2015, eq.
+    6, with e_m, a vector a modality, in place of the query). Unlike ``Gate`` a weight does not see the other vectors
+    but through the softmax.
+    """
+
+    def __init__(self, dim: int, vectors: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.kind = nn.Parameter(torch.zeros(vectors, dim))
+        self.score = nn.Linear(dim, 1, bias=False)
+
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        _check(vectors, present)
+        vectors = vectors.masked_fill(~present[..., None], 0.0)
+        logits = self.score(torch.tanh(self.linear(vectors) + self.kind))[..., 0]
+        weights = masked_softmax(logits, present)
+        return (weights[..., None] * vectors).sum(dim=1), weights
+
+
+FUSIONS: dict[str, type[nn.Module]] = {"gate": Gate, "mean": Mean, "concat": Concat, "attentive": Attentive}
+
+
 def _check(vectors: Tensor, present: Tensor) -> None:
     if vectors.ndim != 3 or present.shape != vectors.shape[:2] or present.dtype != torch.bool:
         raise DataError(

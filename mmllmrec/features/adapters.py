@@ -24,7 +24,7 @@ def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None 
 
     W' = W + (alpha / rank) B A with alpha = 2 rank and B = 0 at the start (Hu et al. 2022, eq. 3), so nothing changes
     until it trains. ``kind`` is ``"vision"`` (an open_clip transformer) or ``"language"`` (a ``transformers`` model);
-    ``layers`` limits a language model's adapters to those layers. ``module`` itself is changed: pass a copy to keep it.
+    ``layers`` limits the adapters to those layers. ``module`` itself is changed: pass a copy to keep it.
     Raises ``DataError`` when nothing was there to adapt.
     """
     from peft import LoraConfig, get_peft_model
@@ -33,6 +33,11 @@ def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None 
         raise DataError(f"rank={rank}: at least 1")
     if kind == "vision":
         targets: dict[str, Any] = VISION
+        if layers is not None:
+            which = "|".join(map(str, layers))
+            inside = [f"transformer.resblocks.{n}.{p}" for n in layers for p in VISION["target_parameters"]]
+            named = rf"transformer\.resblocks\.({which})\..*\.?({'|'.join(VISION['target_modules'])})"
+            targets = {"target_modules": named, "target_parameters": inside}
     else:
         model_type = module.config.model_type  # type: ignore[union-attr]
         family = "bert" if model_type in ("bert", "roberta", "xlm-roberta") else "llama"

@@ -210,6 +210,27 @@ def layers_of(model: nn.Module, first: int, last: int | None = None) -> Any:
     raise DataError(f"soft tokens cannot enter inside a {type(model).__name__}: its layers are not known; use enter=0")
 
 
+def look_below(tower: Any, pictures: Tensor, layers: int) -> Tensor:
+    """The first ``layers`` of an open_clip image tower: (B, 3, S, S) normalised -> (B, N + 1, V), before any of its
+    final norms. ``look_above`` goes on from there; one after the other they give exactly what the tower gives."""
+    x: Tensor = tower._embeds(pictures)
+    return _blocks(tower, x, slice(None, layers))
+
+
+def look_above(tower: Any, states: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+    """The layers of an open_clip image tower from ``layers`` on: (B, N + 1, V) -> pooled (B, P), patches (B, N, V)."""
+    pooled, patches = tower._pool(_blocks(tower, states, slice(layers, None)))
+    return (pooled if tower.proj is None else pooled @ tower.proj), patches
+
+
+def _blocks(tower: Any, x: Tensor, which: slice) -> Tensor:
+    if not tower.transformer.batch_first:
+        x = x.transpose(0, 1)
+    for block in tower.transformer.resblocks[which]:
+        x = block(x)
+    return x if tower.transformer.batch_first else x.transpose(0, 1)
+
+
 def weights_hash(module: nn.Module) -> str:
     """Hash of all parameters and buffers, by name."""
     return content_hash(*(part for k, v in sorted(module.state_dict().items()) for part in (k, _numbers(v))))

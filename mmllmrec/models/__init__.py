@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mmllmrec.models.ease import EASE
     from mmllmrec.models.itemknn import ItemKNN
     from mmllmrec.models.lightgcn import LightGCN, LightGCNContent
+    from mmllmrec.models.twostage import TwoStage
     from mmllmrec.models.unified import Unified
     from mmllmrec.models.vbpr import VBPR
 
@@ -30,6 +31,7 @@ WHERE = {
     "CLCRec": "clcrec",
     "DropoutNet": "dropoutnet",
     "ALDI": "aldi",
+    "TwoStage": "twostage",
     "Unified": "unified",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "LightGCN",
     "LightGCNContent",
     "Recommender",
+    "TwoStage",
     "Unified",
     "classes",
 ]

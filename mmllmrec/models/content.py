@@ -5,6 +5,7 @@ Legend: I items, M modalities, F width of all features side by side.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,33 +25,21 @@ def tower(width: int, *, hidden: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.LeakyReLU(), nn.Linear(hidden, dim, bias=False))
 
 
-class ContentModel(VectorModel):
-    """A ``VectorModel`` with ``content`` (I, F), all modalities' features side by side, an absent one zero.
+class ReadsFeatures(Recommender):
+    """How frozen features come into a model, are saved with it, and are exchanged for those of another catalogue.
 
-    ``described`` adds a column a modality, 1 where it is present: the weights on it are a bias that only a present
-    modality has, so that a network can tell an absent one from one with mean features.
-    ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
-    train items. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
-    it is given. With the softmax loss, items with the same features are not each other's negatives.
-    Raises ``DataError`` without ``catalog`` and ``features``, and for features of another number of items.
+    ``frozen`` (I, F) are all modalities side by side, an absent one zero; ``described`` adds a column a modality, 1
+    where it is present; ``same`` (I,) numbers items with equal features alike. A constructor calls ``_read``, and takes
+    ``features=`` beside what ``config`` holds.
     """
 
-    supports_cold_items: ClassVar[bool] = True
-    content: Tensor
+    frozen: Tensor
     described: Tensor
+    features: FeatureTable
+    same: Tensor | None
 
-    def __init__(
-        self,
-        train: Interactions,
-        *,
-        catalog: Catalog | None,
-        features: FeatureTable | None,
-        feature_dim: int,
-        loss: str,
-        **config: Any,
-    ):
-        super().__init__(train, loss=loss, feature_dim=feature_dim, **config)
-        warm = train.item_counts > 0
+    def _read(self, catalog: Catalog | None, features: FeatureTable | None, feature_dim: int) -> None:
+        warm = self.train_data.item_counts > 0
         if features is None:
             if catalog is None:
                 raise DataError(f"{type(self).__name__} reads items' content: pass catalog= or features=")
@@ -65,7 +54,7 @@ class ContentModel(VectorModel):
         self.features = features
         content = features.concatenated()
         described = np.concatenate([content, features.presence.astype(np.float32)], axis=1)
-        self.register_buffer("content", torch.from_numpy(content), persistent=False)
+        self.register_buffer("frozen", torch.from_numpy(content), persistent=False)
         self.register_buffer("described", torch.from_numpy(described), persistent=False)
         self.same = torch.from_numpy(np.unique(described, axis=0, return_inverse=True)[1].reshape(-1))
 
@@ -76,7 +65,8 @@ class ContentModel(VectorModel):
                 f"{type(self).__name__}.with_catalog: the catalogue's items are not those of the training events"
             )
         table = FeatureTable.from_catalog(catalog, fit_on=self.train_data.item_counts > 0)
-        other = self._beside()  # it shares parameters, not the features
+        other = copy.copy(self)  # it shares parameters, not the features
+        other._buffers = dict(self._buffers)
         other._use(table.like(self.features))
         return other.to(self.device)
 
@@ -102,3 +92,30 @@ class ContentModel(VectorModel):
     def _given(cls, state: dict[str, Tensor]) -> dict[str, Any]:
         """Arguments of the constructor that are tensors, from what was saved."""
         return {}
+
+
+class ContentModel(ReadsFeatures, VectorModel):
+    """A ``VectorModel`` with ``frozen`` (I, F), all modalities' features side by side, an absent one zero.
+
+    ``described`` adds a column a modality, 1 where it is present: the weights on it are a bias that only a present
+    modality has, so that a network can tell an absent one from one with mean features.
+    ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
+    train items. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
+    it is given. With the softmax loss, items with the same features are not each other's negatives.
+    Raises ``DataError`` without ``catalog`` and ``features``, and for features of another number of items.
+    """
+
+    supports_cold_items: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None,
+        features: FeatureTable | None,
+        feature_dim: int,
+        loss: str,
+        **config: Any,
+    ):
+        super().__init__(train, loss=loss, feature_dim=feature_dim, **config)
+        self._read(catalog, features, feature_dim)

@@ -83,7 +83,7 @@ class LightGCNContent(GraphModel, ContentModel):
         users, ids = self._trained(self.users.weight, self.items.weight)
         if self.training and self.id_dropout:
             ids = ids * (torch.rand(len(ids), 1, device=ids.device) >= self.id_dropout)
-        return users, ids + self.project(self.content)
+        return users, ids + self.project(self.frozen)
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
         assert batch.negatives is not None

@@ -1,13 +1,13 @@
-"""The unified recommender: raw picture and words -> content; content and ID -> item; item and user -> score.
+"""The unified recommender: raw content -> one backbone -> items, beside IDs -> users -> score.
 
-Legend: B batch, C distinct items of a batch, U users, I items, D width.
+Legend: C items asked for, I items, D width.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,17 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.data.sampling import Batch, in_batch
-from mmllmrec.encoders.backbone import Backbone, Items, tokenise, unit
-from mmllmrec.encoders.gather import encode_pool
-from mmllmrec.encoders.graph import LightGraph
+from mmllmrec.encoders.backbone import EARLY, Backbone, Content, Items, tokenise
 from mmllmrec.features import adapters
+from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
 from mmllmrec.features.prompts import load_prompt
+from mmllmrec.features.sensor import SensorEncoder
 from mmllmrec.features.towers import load_language, load_vision
-from mmllmrec.models.base import Recommender, read_tensors
+from mmllmrec.models.base import read_tensors
+from mmllmrec.models.hybrid import Hybrid
 from mmllmrec.runcard import content_hash
 from mmllmrec.shipped import shipped
 
@@ -33,43 +32,44 @@ from mmllmrec.shipped import shipped
 @dataclass(frozen=True)
 class Preset:
     """Which towers, and what trains in them. ``vision`` and ``language``: a folder, a hub name (see
-    ``features.towers``) or ``"nano"``, the shipped towers; ``enter``: the language layer where soft tokens come in, all
-    below it frozen (``encoders.Backbone``); ``lora_layers``: language layers with LoRA, None for all from ``enter``."""
+    ``features.towers``) or ``"nano"``, the shipped towers; ``look`` and ``enter``: how many layers of the vision tower
+    are frozen, and the language layer where soft tokens come in, all below it frozen (``encoders.Backbone``);
+    ``cached``: the two numbers that the cached trainer puts there; ``rank`` of LoRA, on every layer above."""
 
     vision: str = "nano"
     language: str = "nano"
     tokens: int = 48  # a row's longest, soft tokens included
     soft: int = 4
     rank: int = 8
+    look: int = 0
     enter: int = 0
-    lora_layers: tuple[int, ...] | None = None
+    cached: tuple[int, int] = (3, 2)
+    rate: int = 4000  # hertz, of raw sound
 
 
 PRESETS = {
     "nano": Preset(),
-    "minilm": Preset(language="minilm", tokens=32, enter=4),
-    "base": Preset(vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8),
+    "minilm": Preset(language="minilm", tokens=32, cached=(3, 5)),
+    "base": Preset(
+        vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8, cached=(11, 22)
+    ),
 }
+TRAINERS = ("cached", "end_to_end")
 
 
-class Unified(Recommender):
-    """One backbone from pixels and words to recommendations, LoRA on both towers.
+class Unified(Hybrid):
+    """One backbone from pixels, words, sound and sensors to recommendations, LoRA on both towers.
 
-    q_i = c_i / |c_i| + present_i * id_i, where c is ``encoders.Backbone``'s content and an item's ID is present when it
-    has a training event; in training it is dropped with probability ``id_dropout``, so that content learns to stand
-    alone. IDs of users and items are smoothed over the graph of training events (``encoders.LightGraph``).
-    score(u, i) = cos(p_u, q_i) / temperature, learned. Loss: in-batch sampled softmax over the batch's distinct items,
-    corrected by log(1 - (1 - p)^B), with the user's other training positives and copies of the positive (same words and
-    picture) masked. A user is its smoothed ID here: one without a training event scores every item the same.
+    Content is ``encoders.Backbone``'s; score, IDs, users and losses are ``Hybrid``'s. Its modalities are those of the
+    catalogue: ``image`` and ``text`` through the towers, raw ``audio`` and ``sensor`` through small encoders that are
+    trained here, and a table of features through a perceptron. ``modalities`` limits them; ``paths`` and ``fusion`` say
+    what is fused and how (``Backbone``).
     """
 
-    supports_cold_items: ClassVar[bool] = True
-    negatives: int = 0
-    loss_name: str = "softmax"
     fit_defaults: ClassVar[dict[str, Any]] = {
         "epochs": 24,
         "item_batch": 128,
-        "eval_every": 2,
+        "eval_every": 4,
         "lr": 2e-3,
         "schedule": "cosine",
         "warmup": 0.05,
@@ -84,14 +84,32 @@ class Unified(Recommender):
         catalog: Catalog,
         preset: Preset | dict[str, Any] = PRESETS["nano"],
         dim: int = 64,
-        id_dropout: float = 0.3,
-        graph_layers: int = 2,
+        modalities: tuple[str, ...] | None = None,
+        paths: tuple[str, ...] | None = None,
+        fusion: str = "gate",
         prompt: str = "item",
+        **options: Any,
     ):
         preset = Preset(**preset) if isinstance(preset, dict) else preset
+        preset = replace(preset, cached=(preset.cached[0], preset.cached[1]))
+        reads = catalog.modalities if modalities is None else tuple(m for m in catalog.modalities if m in modalities)
+        unknown = [m for m in modalities or () if m not in catalog.modalities]
+        if unknown or not reads:
+            raise DataError(f"modalities={modalities}: the catalogue has {list(catalog.modalities)}")
+        senses = [m for m in reads if m not in ("image", "text")]
+        everything = (EARLY, "image", "text", *senses)
+        paths = everything if paths is None else tuple(paths)
         super().__init__(
-            train, preset=asdict(preset), dim=dim, id_dropout=id_dropout, graph_layers=graph_layers, prompt=prompt
+            train,
+            dim=dim,
+            paths=paths,
+            preset=asdict(preset),
+            modalities=None if modalities is None else list(reads),
+            fusion=fusion,
+            prompt=prompt,
+            **options,
         )
+        self.config["paths"] = list(paths)
         if catalog.item_ids != train.item_ids:
             raise DataError("Unified: the catalogue's item ids are not those of the training events")
         nano = shipped("adapters/nano-base") if "nano" in (preset.vision, preset.language) else Path()
@@ -99,71 +117,119 @@ class Unified(Recommender):
         self._language = load_language(str(nano / "language") if preset.language == "nano" else preset.language)
         self.base_hash = content_hash(self._vision.hash, self._language.hash)
         self.preset, self.prompt, self.catalog = preset, load_prompt(prompt), catalog
-        self._vision.model = adapters.attach(self._vision.model, rank=preset.rank, kind="vision")
-        layers = None if preset.lora_layers is None else list(preset.lora_layers)
-        language: Any = self._language.model
-        depth = int(language.config.num_hidden_layers)
-        if not 0 <= preset.enter < depth:
-            raise DataError(f"enter={preset.enter}: the language model has layers 0 to {depth - 1}")
-        if layers is None and preset.enter:
-            layers = list(range(preset.enter, depth))
-        if layers is not None and min(layers, default=preset.enter) < preset.enter:
-            raise DataError(f"lora_layers={layers}: a LoRA below enter={preset.enter} would never be reached")
-        self._language.model = adapters.attach(self._language.model, rank=preset.rank, kind="language", layers=layers)
-        self.backbone = Backbone(self._vision, self._language, dim=dim, soft=preset.soft, enter=preset.enter)
+        self.modalities = reads
+        self._adapt()
+        self.backbone = Backbone(
+            self._vision,
+            self._language,
+            dim=dim,
+            soft=preset.soft,
+            enter=preset.enter,
+            look=preset.look,
+            senses={m: self._sense(m) for m in senses},
+            paths=paths,
+            fusion=fusion,
+        )
         if (preset.vision, preset.language, preset.soft) == ("nano", "nano", 4):
             state = read_tensors(nano / "resampler.safetensors")
             self.backbone.read.data.copy_(state.pop("read"))
             self.backbone.resampler.load_state_dict(state)
-        self.item_ids_table = nn.Embedding(self.n_items, dim)
-        self.user_ids_table = nn.Embedding(self.n_users, dim)
-        nn.init.normal_(self.item_ids_table.weight, std=0.3 / dim**0.5)
-        nn.init.normal_(self.user_ids_table.weight, std=0.3 / dim**0.5)
-        self.graph = LightGraph(train, layers=graph_layers)
-        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
-        self.id_dropout = id_dropout
-        self.modalities = tuple(m for m in ("image", "text") if m in catalog.modalities)
-        warm = torch.from_numpy(train.item_counts > 0)
-        self.register_buffer("item_present", warm, persistent=False)
-        self.register_buffer("user_present", torch.from_numpy(train.user_counts > 0), persistent=False)
         self._read(catalog)
-
-    item_present: Tensor
-    user_present: Tensor
+        warm = self.item_present.nonzero()[:, 0]
+        with self.evaluating():
+            self.backbone.fit_heads(self.items.take(block) for block in warm.split(256))
 
     @classmethod
-    def from_preset(cls, preset: str | Preset, *, data: Interactions, catalog: Catalog, **options: Any) -> Unified:
+    def from_preset(
+        cls, preset: str | Preset, *, data: Interactions, catalog: Catalog, trainer: str = "end_to_end", **options: Any
+    ) -> Unified:
         """A model on pretrained towers: ``"nano"`` (shipped), ``"minilm"`` (its extra), ``"base"`` (the hub), or a
-        ``Preset`` of your own. ``options`` go to the constructor."""
+        ``Preset`` of your own. ``trainer="end_to_end"`` puts LoRA on every layer; ``"cached"`` on the last ones alone,
+        and what the frozen layers below say is computed once. ``options`` go to the constructor."""
         if isinstance(preset, str) and preset not in PRESETS:
             raise DataError(f"unknown preset {preset!r}; presets are {sorted(PRESETS)}, or pass a Preset")
-        return cls(data, catalog=catalog, preset=PRESETS[preset] if isinstance(preset, str) else preset, **options)
+        if trainer not in TRAINERS:
+            raise DataError(f"trainer={trainer!r}: one of {TRAINERS}")
+        chosen = PRESETS[preset] if isinstance(preset, str) else preset
+        if trainer == "cached":
+            chosen = replace(chosen, look=chosen.cached[0], enter=chosen.cached[1])
+        return cls(data, catalog=catalog, preset=chosen, **options)
+
+    def _adapt(self) -> None:
+        """LoRA on the layers of both towers that are not frozen."""
+        preset = self.preset
+        towers: dict[str, tuple[Any, int, int]] = {
+            "vision": (self._vision, preset.look, len(self._vision.model.transformer.resblocks)),  # type: ignore
+            "language": (self._language, preset.enter, int(self._language.model.config.num_hidden_layers)),  # type: ignore
+        }
+        for kind, (tower, frozen, depth) in towers.items():
+            limit = depth if kind == "vision" else depth - 1
+            if not 0 <= frozen <= limit:
+                name = "look" if kind == "vision" else "enter"
+                raise DataError(f"{name}={frozen}: the {kind} tower has {depth} layers; give 0 to {limit}")
+            layers = None if frozen == 0 else list(range(frozen, depth))
+            if layers == []:
+                tower.model.requires_grad_(False)
+            else:
+                tower.model = adapters.attach(tower.model, rank=preset.rank, kind=kind, layers=layers)
+
+    def _sense(self, modality: str) -> nn.Module:
+        """The encoder of a modality that is neither picture nor text, standardised on the items that training knows."""
+        catalog = self.catalog
+        rows = torch.from_numpy(catalog.signal(modality))
+        known = torch.from_numpy(catalog.present(modality)) & self.item_present
+        if not bool(known.any()):
+            raise DataError(f"no item with a training event has {modality!r}: leave it out (modalities=)")
+        if modality not in catalog.dataset.column_names:
+            return FeatureEncoder.fit(rows[known])
+        if modality == "audio":
+            return AudioEncoder.fit(rows[known], self.preset.rate)
+        return SensorEncoder.fit(rows[known])
 
     def _read(self, catalog: Catalog) -> None:
         """Raw content as tensors, and which items show the same thing."""
-        image = torch.from_numpy(catalog.present("image"))
-        text = torch.from_numpy(catalog.present("text"))
-        fields = catalog.words()
+        present = {
+            m: torch.from_numpy(catalog.present(m) if m in self.modalities else np.zeros(len(catalog), dtype=bool))
+            for m in ("image", "text", *self.backbone.senses)
+        }
+        fields = catalog.words() if "text" in self.modalities else [{"title": "", "text": ""}] * len(catalog)
+        senses = {m: present[m] for m in ("image", *self.backbone.senses)}
+        soft = {"image": self.preset.soft} | dict.fromkeys(self.backbone.senses, 1)
         tokens, words = tokenise(
-            self._language, self.prompt, fields, image, soft=self.preset.soft, length=self.preset.tokens
+            self._language, self.prompt, fields, senses, soft=soft, length=self.preset.tokens + len(soft) - 1
         )
         size = self._vision.size
-        shape = (len(catalog), 3, size, size)
-        pixels = catalog.pixels(size) if "image" in catalog.modalities else np.zeros(shape, np.uint8)
+        has_pixels = "image" in self.modalities
+        pixels = catalog.pixels(size) if has_pixels else np.zeros((len(catalog), 3, 1, 1), np.uint8)
+        raw = {"image": torch.from_numpy(pixels.copy())}
+        raw |= {m: torch.from_numpy(catalog.signal(m)) for m in self.backbone.senses}
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
         before: Items | None = getattr(self, "items", None)
-        states = None
-        if before is not None and torch.equal(tokens, before.tokens):  # another catalogue with the same words
-            states = before.states
-        elif self.preset.enter:  # what frozen layers say of an item is computed once
-            states = torch.cat([self.backbone.below(t.to(self.device)).cpu() for t in tokens.split(256)])
-        self.items = Items(torch.from_numpy(pixels.copy()), tokens, words, image, text, states)
+        self.items = Items(tokens, words, raw, present)
+        self.items.states, self.items.seen = self._frozen(self.items, before)
         looks: dict[Any, int] = {}
+        shown = [pixels.reshape(len(pixels), -1), *(raw[m].numpy() for m in self.backbone.senses)]
         same = [
-            looks.setdefault((f["title"], f["text"], p.tobytes()), i)
-            for i, (f, p) in enumerate(zip(fields, pixels, strict=True))
+            looks.setdefault((f["title"], f["text"], *(s[i].tobytes() for s in shown)), i) for i, f in enumerate(fields)
         ]
         self.same = torch.tensor(same)
+
+    def _frozen(self, items: Items, before: Items | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the frozen layers say of items, computed once; taken over from ``before`` where nothing changed."""
+        states = seen = None
+        with torch.no_grad():
+            if self.preset.enter:
+                if before is not None and torch.equal(items.tokens, before.tokens):
+                    states = before.states
+                else:
+                    states = torch.cat([self.backbone.below(t.to(self.device)).cpu() for t in items.tokens.split(256)])
+            if self.preset.look and "image" in self.modalities:
+                pixels = items.raw["image"]
+                if before is not None and torch.equal(pixels, before.raw["image"]):
+                    seen = before.seen
+                else:
+                    seen = torch.cat([self.backbone.seen(p.to(self.device)).cpu() for p in pixels.split(256)])
+        return states, seen
 
     def with_catalog(self, catalog: Catalog) -> Unified:
         """This model, same weights, reading another catalogue of the same items (controls)."""
@@ -173,52 +239,19 @@ class Unified(Recommender):
         return other
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """ID tables at 5 lr (each row gets few gradients), LoRA and heads at lr."""
-        ids = [self.item_ids_table.weight, self.user_ids_table.weight]
-        known = {id(p) for p in ids}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        return [{"params": ids, "lr": 5 * lr, "name": "ids"}, {"params": rest, "lr": lr, "name": "adapters and heads"}]
+        """IDs and biases at 20 lr, heads at lr, LoRA at lr: three groups, for three rates."""
+        ids, rest = super().parameter_groups(lr)
+        towers = (self.backbone.vision, self.backbone.language)
+        lora = {id(p) for t in towers for p in t.parameters() if p.requires_grad}
+        heads = [p for p in rest["params"] if id(p) not in lora]
+        adapted = [p for p in rest["params"] if id(p) in lora]
+        groups = [ids, {"params": heads, "lr": lr, "name": "heads"}, {"params": adapted, "lr": lr, "name": "lora"}]
+        return [g for g in groups if g["params"]]
 
-    def content(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Content of some items, (C,) -> (C, D) of unit length, and the backbone's parts."""
-        content, parts = self.backbone(self.items.take(index.cpu()).to(self.device))
-        return unit(content), parts
-
-    def ids(self) -> tuple[Tensor, Tensor]:
-        """ID embeddings of users (U, D) and items (I, D), smoothed over the graph of the training events."""
-        users, items = self.graph(self.user_ids_table.weight, self.item_ids_table.weight)
-        return users, items
-
-    def encode(self, index: Tensor, ids: Tensor) -> Tensor:
-        """Items (C,) with all items' IDs (I, D) -> q (C, D): content, and the ID where present."""
-        content, _ = self.content(index)
-        present = self.item_present[index]
-        if self.training and self.id_dropout:
-            present = present & (torch.rand(len(index), device=index.device) >= self.id_dropout)
-        return content + present[:, None] * ids[index]
-
-    def tastes(self, ids: Tensor) -> Tensor:
-        """Users' IDs (U, D) -> p (U, D) of unit length; zero for users without a training event."""
-        return unit(ids) * self.user_present[:, None]
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        blocks = torch.arange(self.n_items, device=self.device).split(512)
-        users, ids = self.ids()
-        items = torch.cat([unit(self.encode(b, ids)) for b in blocks])
-        return self.tastes(users) * self.log_scale.clamp(max=4.6).exp(), items
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """The in-batch sampled softmax of the class's docstring."""
-        found = in_batch(self.train_data, batch, same=self.same)
-        users, ids = self.ids()
-        q, p = unit(encode_pool(lambda items: self.encode(items, ids), batch)), self.tastes(users)[batch.users]
-        scale = self.log_scale.clamp(max=4.6).exp()
-        value = losses.sampled_softmax(p * scale, q, found.target, log_q=found.log_q, mask=found.mask)
-        return {"softmax": value}
-
-    def log_candidates(self, batch: Batch) -> float:
-        """log of the number of candidates a positive is picked from: the loss of a model that knows nothing."""
-        return float(np.log(len(batch.pool)))  # type: ignore[arg-type]
+    def content(self, index: Tensor) -> Content:
+        """What the backbone makes of some items, (C,)."""
+        found: Content = self.backbone(self.items.take(index.cpu()).to(self.device))
+        return found
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +259,11 @@ class Unified(Recommender):
         """Hashes of the towers' weights, of the prompt and of the content that was read."""
         prompt = {"id": self.prompt.id, "version": self.prompt.version, "hash": self.prompt.hash}
         return {"base": self.base_hash, "prompt": prompt, "catalog": self.catalog.hash}
+
+    @property
+    def _adapted(self) -> list[str]:
+        """Towers with LoRA."""
+        return [n for n in ("vision", "language") if hasattr(getattr(self.backbone, n), "peft_config")]
 
     def weights(self) -> dict[str, Tensor]:
         """Everything that is not a tower: heads, resampler, gate, ID tables. LoRA is saved in PEFT's format beside."""
@@ -235,7 +273,7 @@ class Unified(Recommender):
     def _write(self, folder: Path) -> None:
         super()._write(folder)
         about = self.provenance()
-        for name in ("vision", "language"):
+        for name in self._adapted:
             source = getattr(self.preset, name)
             card = {"base_model": source, "rank": self.preset.rank, "trained_on_events": self.train_data.hash, **about}
             adapters.save(getattr(self.backbone, name), folder / "adapters" / name, card=card)
@@ -249,10 +287,11 @@ class Unified(Recommender):
         base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
         if (base["base"], base["prompt"]["hash"]) != (model.base_hash, model.prompt.hash):
             raise DataError(f"{folder} was trained on other tower weights or another prompt than are installed here")
-        for name in ("vision", "language"):
+        for name in model._adapted:
             adapters.load(getattr(model.backbone, name), folder / "adapters" / name)
         lost = model.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
-        missing = [k for k in lost.missing_keys if not k.startswith(("backbone.vision.", "backbone.language."))]
+        known = ("backbone.vision.", "backbone.language.", "bank")
+        missing = [k for k in lost.missing_keys if not k.startswith(known)]
         if missing or lost.unexpected_keys:
             raise DataError(f"{folder / 'model.safetensors'}: missing {missing}, unexpected {lost.unexpected_keys}")
         return model

@@ -53,7 +53,7 @@ class VBPR(ContentModel):
 
     def _items(self, items: Tensor | slice) -> Tensor:
         """Both halves of some items' embeddings, (...,) -> (..., 2D), and the bias with ``bias=True``."""
-        content, known = self.content[items], self.warm[items][..., None]
+        content, known = self.frozen[items], self.warm[items][..., None]
         parts = [self.items.weight[items] * known, self.project(content)]
         if self.biases is not None and self.item_bias is not None:
             parts.append(self.item_bias[items][..., None] * known + self.biases(content))

@@ -220,8 +220,8 @@ def next_token(
     prompt = load_prompt("item")
     kinds = []
     for words, image in ((fields, ~everyone), (seen, everyone)):
-        tokens, own = tokenise(language, prompt, words, image, soft=recipe.soft, length=recipe.tokens)
-        kinds.append(Items(pixels, tokens, own, image, everyone))
+        tokens, own = tokenise(language, prompt, words, {"image": image}, soft=recipe.soft, length=recipe.tokens)
+        kinds.append(Items(tokens, own, {"image": pixels}, {"image": image, "text": everyone}))
     aside = np.arange(len(fields)) % 16 == 15
     train = np.flatnonzero(~aside)
     trained = [*model.parameters(), *backbone.resampler.parameters(), backbone.read]
@@ -229,11 +229,11 @@ def next_token(
     rng = generator(recipe.seed, "language")
 
     def loss_of(items: Items) -> Tensor:
-        soft = items.pixels.new_zeros(0)
-        if items.image.any():
+        soft: dict[str, Tensor] = {}
+        if items.present["image"].any():
             with torch.no_grad():
-                _, patches = backbone.look(items.pixels)
-            soft = backbone.resampler(patches)
+                _, patches = backbone.look(items.raw["image"])
+            soft["image"] = backbone.resampler(patches)
         x, mask, _ = backbone.assemble(items, soft)
         logits = model.lm_head(model.model(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state)
         target = items.tokens.masked_fill((items.tokens == READ) | (items.tokens == SOFT), PAD)[:, 1:]

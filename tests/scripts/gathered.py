@@ -35,5 +35,9 @@ run = fit(model, split, epochs=2, lr=0.01, clip=1.0, chunk=int(chunk) or None, p
 if PartialState().is_main_process:
     Path(out).mkdir(parents=True)
     save_file(checkpoint.trained(model), f"{out}/weights.safetensors")
-    told = {"processes": PartialState().num_processes, "loss": run.history["softmax"].tolist(), "events": len(split.train)}
+    told = {
+        "processes": PartialState().num_processes,
+        "loss": run.history["softmax"].tolist(),
+        "events": len(split.train),
+    }
     Path(out, "told.json").write_text(json.dumps(told))

@@ -1,0 +1,87 @@
+"""The history tower: a user as what its events say, whoever the user is.
+
+Legend: B users, I items, L events of a history, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllmrec.data.interactions import DataError
+
+
+@dataclass
+class Moments:
+    """Mean (D,) and covariance (D, D) of the items that training knows: what a history is held against."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, items: Tensor) -> Self:
+        """Of items (I, D)."""
+        mean = items.mean(dim=0)
+        centred = items - mean
+        return cls(mean, centred.T @ centred / max(len(items), 1))
+
+
+class HistoryEncoder(nn.Module):
+    """Events to a user: tokens (B, L, D), present (B, L) bool, sums (B, D), counts (B,) -> (B, D).
+
+    discriminant: g (C + r tr(C)/D I)^-1 (sums - n mean) / (n + k), with mean and C the ``Moments`` of the catalogue.
+    It is Fisher's linear discriminant between a user's items and all items (Fisher 1936; Hastie et al. 2009, eq. 4.9),
+    its mean shrunk by k events towards nothing known: an inner product with it is a log-odds. g, k and r are learned,
+    one number each. On top, a correction: a small pre-norm transformer over the centred tokens with a learned query
+    (Sun et al. 2019 without positions), whose output map starts at zero. Histories have no order here. ``sums`` and
+    ``counts`` are over the whole history, tokens over at most ``length`` of its events. A user without events is
+    exactly zero. ``layers=0`` leaves the correction out. Raises ``DataError`` on other shapes.
+    """
+
+    def __init__(self, dim: int, *, layers: int = 1, heads: int = 4, length: int = 32):
+        super().__init__()
+        self.length = length
+        self.log_shrink = nn.Parameter(torch.tensor(4.0).log())
+        self.log_ridge = nn.Parameter(torch.tensor(1.0).log())
+        self.log_gain = nn.Parameter(torch.tensor(0.0))
+        self.query = nn.Parameter(torch.randn(dim) * 0.02)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.out.weight)
+        if not layers:
+            self.query.requires_grad_(False)
+            self.out.requires_grad_(False)
+
+    def discriminant(self, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
+        """The closed form alone, (B, D)."""
+        size = len(moments.mean)
+        matrix = moments.covariance + self.log_ridge.exp() * (moments.covariance.diagonal().mean() + 1e-8) * torch.eye(
+            size, device=sums.device
+        )
+        mean = (sums - counts[:, None] * moments.mean) / (counts[:, None] + self.log_shrink.exp())
+        found: Tensor = self.log_gain.exp() * torch.linalg.solve(matrix, mean.T).T
+        return found
+
+    def forward(self, tokens: Tensor, present: Tensor, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
+        if tokens.shape[:2] != present.shape or sums.shape != (len(tokens), tokens.shape[2]):
+            raise DataError(
+                f"history: tokens {tuple(tokens.shape)}, present {tuple(present.shape)}, sums {tuple(sums.shape)}; "
+                "expected (B, L, D), (B, L) and (B, D)"
+            )
+        found = self.discriminant(sums, counts, moments)
+        if len(self.layers):
+            spread = (moments.covariance.diagonal().mean() + 1e-8).sqrt()
+            x = ((tokens - moments.mean) / spread).masked_fill(~present[..., None], 0.0)
+            x = torch.cat([self.query.expand(len(x), 1, -1), x], dim=1)
+            absent = F.pad(~present, (1, 0), value=False)
+            for layer in self.layers:
+                x = layer(x, src_key_padding_mask=absent)
+            found = found + self.out(x[:, 0]) * present.any(dim=1, keepdim=True)
+        return found
