@@ -193,7 +193,9 @@ def data_check(name: Annotated[str, typer.Argument(help="a dataset's name")], pa
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="ItemKNN, EASE, BPR, VBPR, LightGCN or Unified")],
+    model: Annotated[
+        str, typer.Argument(help="ItemKNN, EASE, BPR, VBPR, LightGCN, LightGCNContent, AlphaRec, CLCRec or Unified")
+    ],
     data: Data = "atelier",
     path: At = None,
     split: Kind = "random_per_user",

@@ -104,12 +104,9 @@ class ALDI(LatentModel):
         w = self.trust[batch.items]
         rank = F.binary_cross_entropy_with_logits(s_i[:, None] - s_j, (t_i[:, None] - t_j).sigmoid(), reduction="none")
         same = F.binary_cross_entropy_with_logits(_distinct(*s), _distinct(*t).sigmoid(), reduction="none")
-        found_terms = {
-            "rating": (t_i - s_i).abs().mean() + (t_j - s_j).abs().mean(),
-            "ranking": (w[:, None] * rank).mean(),
-            "identification": (w * same).mean(),
-        }
-        return terms | {k: self.strengths[k] * v for k, v in found_terms.items() if self.strengths[k]}
+        rating = (t_i - s_i).abs().mean() + (t_j - s_j).abs().mean()
+        aligned = {"rating": rating, "ranking": (w[:, None] * rank).mean(), "identification": (w * same).mean()}
+        return terms | {k: self.strengths[k] * v for k, v in aligned.items() if self.strengths[k]}
 
 
 def _ratings(u: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
