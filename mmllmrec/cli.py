@@ -302,7 +302,9 @@ def features_prune(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="ItemKNN, EASE, BPR, VBPR, LightGCN or Unified")],
+    model: Annotated[
+        str, typer.Argument(help="ItemKNN, EASE, BPR, VBPR, LightGCN, LightGCNContent, AlphaRec, CLCRec or Unified")
+    ],
     data: Data = "atelier",
     path: At = None,
     split: Kind = "random_per_user",

@@ -115,7 +115,7 @@ def test_eval_speed_counts_against_its_floor():
 def test_unknown_model_and_no_seed(world):
     from mmllmrec.data import splits
 
-    with pytest.raises(DataError, match=r"unknown model 'nothing'; models are \['BPR'"):
+    with pytest.raises(DataError, match=r"unknown model 'nothing'; models are \['ALDI'"):
         bench.model_of("nothing", splits.random_per_user(world))
     with pytest.raises(DataError, match="seeds=0"):
         bench.quickstart(seeds=0, data=world, systems=("BPR",))

@@ -5,7 +5,7 @@ Legend: U users, I items, F width of all features, M modalities, D width.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel, tower
 from mmllmrec.models.graphs import GraphModel
-from mmllmrec.models.vectors import means_of
+from mmllmrec.models.vectors import FIT, means_of
 
 
 class AlphaRec(GraphModel, ContentModel):
@@ -33,6 +33,7 @@ class AlphaRec(GraphModel, ContentModel):
     """
 
     losses: ClassVar[tuple[str, ...]] = ("softmax", "bpr")
+    fit_defaults: ClassVar[dict[str, Any]] = FIT
 
     def __init__(
         self,

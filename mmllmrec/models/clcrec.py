@@ -5,7 +5,7 @@ Legend: B batch, C distinct items of a batch, U users, I items, D width.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from mmllmrec.data.sampling import Batch, in_batch
 from mmllmrec.encoders.backbone import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel, tower
-from mmllmrec.models.vectors import cosine_softmax
+from mmllmrec.models.vectors import FIT, cosine_softmax
 
 
 class CLCRec(ContentModel):
@@ -34,10 +34,11 @@ class CLCRec(ContentModel):
     ``ContentModel``. An item without any content is no anchor of L_RE. Raises ``DataError`` for a ``weight`` or a
     ``replace`` outside 0..1, and for another loss. Departures: contrasts are among the batch's items, logQ-corrected
     and with known positives masked, where the paper draws a number of negatives; L_UI's temperature is learned, cosines
-    in both terms; no norm penalty (``fit(weight_decay=...)``); biases as in ``content.tower``.
+    in both terms; weight decay (``fit_defaults``) in place of the norm penalty; biases as in ``content.tower``.
     """
 
     losses: ClassVar[tuple[str, ...]] = ("softmax",)
+    fit_defaults: ClassVar[dict[str, Any]] = FIT
 
     def __init__(
         self,

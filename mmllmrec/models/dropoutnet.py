@@ -30,7 +30,7 @@ class DropoutNet(LatentModel):
 
         first = mm.fit(mm.models.BPR(split.train), split, epochs=200, lr=5e-3)
         model = mm.models.DropoutNet.pretrained(first, catalog=split.catalog)
-        run = mm.fit(model, split, epochs=100, lr=2e-3)
+        run = mm.fit(model, split, **model.fit_defaults)
 
     Departures: users have no content here, so theirs is never dropped to zero; no item transform; latents enter with
     unit entries and their scores are divided by sqrt(L), which moves no ranking; two layers without batch

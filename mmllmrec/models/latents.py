@@ -5,14 +5,14 @@ Legend: U users, I items, L width of the latents.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.models.content import ContentModel
-from mmllmrec.models.vectors import means_of
+from mmllmrec.models.vectors import FIT, means_of
 from mmllmrec.runcard import content_hash
 
 
@@ -24,6 +24,7 @@ class LatentModel(ContentModel):
     and for other shapes.
     """
 
+    fit_defaults: ClassVar[dict[str, Any]] = FIT
     latent_users: Tensor
     latent_items: Tensor
 

@@ -21,6 +21,9 @@ from mmllmrec.data.sampling import Batch, InBatch, in_batch
 from mmllmrec.encoders.backbone import unit
 from mmllmrec.models.base import Recommender
 
+# what ``fit`` gets for the cold-start rivals: chosen on Atelier's validation part, split seed 0
+FIT: dict[str, Any] = {"epochs": 200, "batch_size": 2048, "lr": 1e-3, "weight_decay": 1.0, "patience": 20}
+
 
 def temperature_start() -> nn.Parameter:
     """The log of one over the temperature, as every model with the softmax loss starts it: log 10, a scalar."""
