@@ -106,6 +106,19 @@ def test_a_damaged_shard_is_computed_again(tmp_path):
     assert len(computed) == 1 and [f[0, 0] for f in found] == [0, 1, 2]
 
 
+def test_a_half_written_shard_is_never_seen(tmp_path, monkeypatch):
+    from mmllmrec.features import store as module
+
+    def half(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get_or_compute(["a"], rows_of)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
 SCRIPT = """
 import sys, time
 import numpy as np

@@ -91,7 +91,7 @@ class SensorEncoder(nn.Module):
         here = ~readings.isnan() if present is None else present & ~readings.isnan()
         values = self.standard(readings.masked_fill(~here, 0.0))
         x = values[..., None] * self.weight + self.bias
-        # attention over nothing is NaN, forward and backward: such a row is computed unmasked, then zeroed
+        # attention over nothing is NaN in some kernels: such a row is computed unmasked, then zeroed
         some = here.any(dim=1, keepdim=True)
         x = self.layers(x, src_key_padding_mask=~here & some).masked_fill(~here[..., None], 0.0)
         return x.sum(dim=1) / here.sum(dim=1, keepdim=True).clamp(min=1), x
