@@ -257,7 +257,8 @@ def fit(
         accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=number)
         keep()
     bar.close()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training(), which would leave a second fit without its processes
+        tracker.finish()
     checkpoint.restore(model, best)
     card.seconds = round(spent + time.perf_counter() - began, 3)
     card.peak_memory_mb = peak_memory_mb()
