@@ -1,6 +1,7 @@
 """Candidates encoded among processes and in chunks: the same loss, the same gradients, the same step as all at once."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -171,3 +172,19 @@ def test_two_processes_take_the_steps_of_one(towers, tmp_path, kind, chunk):
     a, b = (load_file(tmp_path / n / "weights.safetensors") for n in ("one", "two"))
     worst = max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
     assert worst < 1e-5
+
+
+@pytest.mark.slow
+def test_bf16_from_the_launcher_trains_and_the_graph_stays_in_fp32(towers, tmp_path):
+    told = []
+    for precision in ("no", "bf16"):
+        command = [sys.executable, str(HERE / "scripts" / "gathered.py"), str(towers), "blocks", "0"]
+        env = os.environ | {"ACCELERATE_MIXED_PRECISION": precision}
+        done = subprocess.run(
+            [*command, str(tmp_path / precision)], capture_output=True, text=True, cwd=HERE.parent, env=env, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads((tmp_path / precision / "told.json").read_text()))
+    whole, half = told
+    assert (whole["precision"], half["precision"]) == ("no", "bf16") and half["graph"] == ["torch.float32"]
+    assert half["loss"] != whole["loss"] and half["loss"] == pytest.approx(whole["loss"], rel=0.05)

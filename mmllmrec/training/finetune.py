@@ -155,7 +155,9 @@ def _towers() -> list[str]:
 
 
 def _options() -> list[str]:
-    return [k for k in inspect.signature(Unified.__init__).parameters if k not in ("self", "train", "catalog", "preset")]
+    return [
+        k for k in inspect.signature(Unified.__init__).parameters if k not in ("self", "train", "catalog", "preset")
+    ]
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:

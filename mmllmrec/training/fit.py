@@ -149,7 +149,9 @@ def fit(
     # a process may hold no picture, or no word, in its share of a batch: what reads them has no gradient there
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, log_with=log_with, project_dir=place, kwargs_handlers=[unused] if model.modalities else [])
+    accelerator = Accelerator(
+        cpu=cpu, log_with=log_with, project_dir=place, kwargs_handlers=[unused] if model.modalities else []
+    )
     rank, world = accelerator.process_index, accelerator.num_processes
     if batch_size % world:
         raise DataError(f"batch_size={batch_size} is that of all {world} processes: make it divisible by {world}")

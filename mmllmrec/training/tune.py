@@ -24,7 +24,18 @@ from mmllmrec.seed import seed_everything, stream
 from mmllmrec.training.fit import DivergedError, fit
 
 JOURNAL = "journal.jsonl"
-FIXED = ("model", "split", "seed", "folder", "checkpoint_every", "resume", "on_epoch", "monitor", "progress", "log_with")
+FIXED = (
+    "model",
+    "split",
+    "seed",
+    "folder",
+    "checkpoint_every",
+    "resume",
+    "on_epoch",
+    "monitor",
+    "progress",
+    "log_with",
+)
 Range = Sequence[Any]  # [a, b, c]: one of these; (low, high): between; (low, high, "log"): between, on a log scale
 
 
@@ -71,13 +82,13 @@ def tune(
 ) -> Tuned:
     """Search settings of a model on ``split.valid`` with Optuna; the test part stays sealed.
 
-    ``build(split, **options)`` makes the model; ``space`` maps a keyword of ``build``, or of ``fit`` with ``fit.`` before
-    it, to a list of choices (plain values), to ``(low, high)`` (whole numbers where both are) or to ``(low, high,
-    "log")``. ``settings`` are the fixed keywords of ``fit``; without them the model's own ``fit_defaults``.
+    ``build(split, **options)`` makes the model; ``space`` maps a keyword of ``build``, or of ``fit`` with ``fit.``
+    before it, to a list of choices (plain values), to ``(low, high)`` (whole numbers where both are) or to ``(low,
+    high, "log")``. ``settings`` are the fixed keywords of ``fit``; without them the model's own ``fit_defaults``.
 
     The first trial is the published setting: ``start``, else the defaults of ``build`` and of the fit settings. The
-    others come from a tree-structured Parzen estimator (Bergstra et al. 2011), whose first third is drawn at random. With
-    ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median rule),
+    others come from a tree-structured Parzen estimator (Bergstra et al. 2011), whose first third is drawn at random.
+    With ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median rule),
     after a quarter of its epochs. Every trial has the same seed, so that settings are compared and not luck.
 
     The budget is ``trials`` and, where given, ``minutes`` of training: give every row of a table the same. A trial in
@@ -111,7 +122,12 @@ def tune(
     given = {**known, **{f"fit.{k}": v for k, v in fixed.items()}, **(start or {})}
     published = _published(ranges, given, start or {})
     epochs = int(fixed.get("epochs", inspect.signature(fit).parameters["epochs"].default))
-    asked = {"space": {k: list(v) for k, v in space.items()}, "fit": fixed, "start": published, "monitor": monitor}
+    asked: dict[str, Any] = {
+        "space": {k: list(v) for k, v in space.items()},
+        "fit": fixed,
+        "start": published,
+        "monitor": monitor,
+    }
     asked |= {"prune": prune, "model": first.name, "trials": trials, "minutes": minutes}
     place = None if folder is None else Path(folder).resolve()
     # what decides a trial's numbers; a larger budget later goes on with the same search
@@ -210,7 +226,9 @@ def _told(
             rows.append({"trial": t.number, **params, **about, "state": t.state.name.lower()})
     scored = [r for r in rows if r["score"] is not None]
     if not scored:
-        raise DataError(f"none of {len(rows)} trials could be trained: {rows[0]['ended'] if rows else 'no time was left'}")
+        raise DataError(
+            f"none of {len(rows)} trials could be trained: {rows[0]['ended'] if rows else 'no time was left'}"
+        )
     best = max(scored, key=lambda r: r["score"])  # the first of equals
     seconds = sum(r["seconds"] for r in rows)
     card = RunCard(
@@ -267,7 +285,9 @@ def _names(build: Callable[..., Any], ranges: Mapping[str, Any]) -> dict[str, An
     for name in ranges:
         if name.startswith("fit."):
             if name.removeprefix("fit.") not in _fit_names():
-                raise DataError(f"space: fit has no {name!r} to tune; it has {sorted(f'fit.{n}' for n in _fit_names())}")
+                raise DataError(
+                    f"space: fit has no {name!r} to tune; it has {sorted(f'fit.{n}' for n in _fit_names())}"
+                )
         elif name not in takes and not anything:
             raise DataError(f"space: build takes no {name!r}; it takes {sorted(takes)}, and fit's begin with 'fit.'")
     defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
@@ -285,7 +305,9 @@ def _published(ranges: dict[str, Any], given: dict[str, Any], start: Mapping[str
         choices = getattr(distribution, "choices", None)
         inside = value in choices if choices is not None else distribution._contains(value)
         if not inside:
-            raise DataError(f"the published {name}={value!r} lies outside its range {distribution}: widen it, or pass start=")
+            raise DataError(
+                f"the published {name}={value!r} lies outside its range {distribution}: widen it, or pass start="
+            )
     return {name: given[name] for name in ranges}
 
 

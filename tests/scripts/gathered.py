@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from mmllmrec.data import splits
@@ -30,10 +31,13 @@ model = Unified.from_preset(preset, data=split.train, catalog=catalog, dim=16, i
 model.parameter_groups = lambda lr: [
     {"params": [p for p in model.parameters() if p.requires_grad], "lr": lr, "name": "all", "eps": 1e-3}
 ]
+seen = set()
+model.graph.propagation.register_forward_hook(lambda module, given, out: seen.add(str(out.dtype)))
 size = {"item_batch": 5} if kind == "blocks" else {"batch_size": 6}
 run = fit(model, split, epochs=2, lr=0.01, clip=1.0, chunk=int(chunk) or None, progress=False, **size)
 if PartialState().is_main_process:
     Path(out).mkdir(parents=True)
     save_file(checkpoint.trained(model), f"{out}/weights.safetensors")
-    told = {"processes": PartialState().num_processes, "loss": run.history["softmax"].tolist(), "events": len(split.train)}
+    told = {"processes": PartialState().num_processes, "loss": run.history["softmax"].tolist(), "graph": sorted(seen)}
+    told |= {"precision": AcceleratorState().mixed_precision}
     Path(out, "told.json").write_text(json.dumps(told))
