@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 import mmllmrec as mm
@@ -104,8 +105,18 @@ def test_shipped_launcher_configs_are_accelerates_own(name):
     precision = {"cpu2": "no", "bf16": "bf16", "fsdp": "bf16"}[name]
     assert found.mixed_precision == precision and found.use_cpu == (name == "cpu2")
     assert (found.fsdp_config or {}).get("fsdp_version") == (2 if name == "fsdp" else None)
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert set(found.fsdp_config or {}) <= known
     with pytest.raises(DataError, match="unknown launcher config"):
         finetune.launcher("tpu")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_the_shipped_config_starts_two_processes(config, tmp_path):
+    path = finetune.launcher("cpu2")
+    done = call("-m", "accelerate.commands.launch", "--config_file", path, *CLI, config, "--folder", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert RunCard.load(tmp_path / "two" / "card.json").settings["processes"] == 2
 
 
 def test_help_says_how_to_launch():

@@ -88,8 +88,8 @@ def tune(
 
     The first trial is the published setting: ``start``, else the defaults of ``build`` and of the fit settings. The
     others come from a tree-structured Parzen estimator (Bergstra et al. 2011), whose first third is drawn at random.
-    With ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median rule),
-    after a quarter of its epochs. Every trial has the same seed, so that settings are compared and not luck.
+    With ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median
+    rule), after a quarter of its epochs. Every trial has the same seed, so that settings are compared and not luck.
 
     The budget is ``trials`` and, where given, ``minutes`` of training: give every row of a table the same. A trial in
     which the minutes run out ends after its epoch and counts with what it reached. With ``folder`` each step is written
