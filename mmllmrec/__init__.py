@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmllmrec.seed import seed_everything
     from mmllmrec.serving.recommend import recommend
     from mmllmrec.training.fit import Run, fit
+    from mmllmrec.training.tune import Tuned, tune
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,8 @@ _WHERE = {
     "recommend": "serving.recommend",
     "fit": "training.fit",
     "Run": "training.fit",
+    "tune": "training.tune",
+    "Tuned": "training.tune",
 }
 _MODULES = {
     "splits": "data.splits",
@@ -49,6 +52,7 @@ __all__ = [
     "Report",
     "Run",
     "RunCard",
+    "Tuned",
     "evaluate",
     "fit",
     "fusion",
@@ -59,6 +63,7 @@ __all__ = [
     "sampling",
     "seed_everything",
     "splits",
+    "tune",
 ]
 
 

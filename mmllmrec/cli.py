@@ -331,6 +331,45 @@ def train(
     print(f"{run!r}, {run.seconds:.1f} s\nmodel: {folder / 'model'}\nrun card: {path_of_card}")
 
 
+@app.command(
+    epilog="[bold]Several processes, bf16[/bold]  accelerate launch --config_file $(mmllmrec finetune --launcher bf16) "
+    "-m mmllmrec.cli finetune config.json\n\n"
+    "Accelerate config files that ship: cpu2 (two CPU processes), bf16 (one GPU, or several), fsdp (FSDP2, for towers "
+    "that do not fit one GPU). torchrun --nproc-per-node 2 -m mmllmrec.cli finetune config.json does as well."
+)
+def finetune(
+    config: Annotated[Path | None, typer.Argument(help="a JSON file; --init writes one")] = None,
+    folder: Folder = Path("runs/finetuned"),
+    init: Annotated[
+        Path | None, typer.Option("--init", help="write a config with every default here, and stop")
+    ] = None,
+    launcher: Annotated[str, typer.Option(help="print where an Accelerate config is, and stop: cpu2, bf16, fsdp")] = "",
+    resume: Annotated[bool, typer.Option(help="go on from what the folder holds")] = True,
+) -> None:
+    """Fine-tune LoRA adapters of nano, minilm or any open_clip and transformers pair, on any dataset, as a config says.
+
+    Writes the model with its adapters, checkpoints, a report on validation and the run card to the folder.
+
+    Example: [bold]mmllmrec finetune --init config.json && mmllmrec finetune config.json --folder runs/mine[/bold]
+    """
+    from mmllmrec.data.interactions import DataError
+    from mmllmrec.training import finetune as tuning
+
+    if launcher:
+        print(tuning.launcher(launcher))
+    elif init is not None:
+        if init.exists():
+            raise DataError(f"{init} is there already: name another file")
+        print(f"config: {tuning.write_json(init, tuning.default())}")
+    elif config is None:
+        raise DataError("which config? mmllmrec finetune CONFIG; `mmllmrec finetune --init config.json` writes one")
+    else:
+        command = f"mmllmrec finetune {config} --folder {folder}"
+        run = tuning.finetune(tuning.read(config), folder, resume=resume, command=command)
+        if tuning.is_main():
+            print(f"{run!r}, {run.seconds:.1f} s\nmodel: {folder / 'model'}\nrun card: {folder / 'card.json'}")
+
+
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="the folder given to train")],

@@ -1,6 +1,7 @@
 """Candidates encoded among processes and in chunks: the same loss, the same gradients, the same step as all at once."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from mmllmrec.seed import seed_everything
 from tests.towers import tiny_preset, tiny_world
 
 HERE = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def batch(n=7, items=11):
@@ -157,17 +158,47 @@ def test_the_peak_over_forward_and_backward_falls():
     assert whole > 200 and chunks < 0.5 * whole, (whole, chunks)
 
 
+def train(towers, out, *, start=(), kind="blocks", chunk=0, how=(), precision="no"):
+    """What ``gathered.py`` tells of a training, and the weights it came to."""
+    command = [sys.executable, *start, str(HERE / "scripts" / "gathered.py"), str(towers), kind, str(chunk), str(out)]
+    env = os.environ | {"ACCELERATE_MIXED_PRECISION": precision}
+    done = subprocess.run([*command, *how], capture_output=True, text=True, cwd=HERE.parent, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "told.json").read_text()), load_file(out / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(towers, tmp_path_factory):
+    """One process, blocks and events."""
+    return {kind: train(towers, tmp_path_factory.mktemp("alone") / kind, kind=kind) for kind in ("blocks", "events")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "chunk"), [("events", 0), ("blocks", 0), ("blocks", 2)])
-def test_two_processes_take_the_steps_of_one(towers, tmp_path, kind, chunk):
-    script = str(HERE / "scripts" / "gathered.py")
-    for name, start, size in (("one", [sys.executable], 0), ("two", TORCHRUN, chunk)):
-        command = [*start, script, str(towers), kind, str(size), str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=300)
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / n / "told.json").read_text()) for n in ("one", "two"))
-    assert (one["processes"], two["processes"]) == (1, 2)
+@pytest.mark.parametrize(
+    ("kind", "chunk", "how"),
+    [
+        ("events", 0, ()),
+        ("blocks", 0, ()),
+        ("blocks", 2, ()),
+        ("blocks", 0, ("resumed",)),
+        ("blocks", 0, ("sharded",)),
+        ("blocks", 0, ("sharded", "resumed")),
+    ],
+)
+def test_two_processes_take_the_steps_of_one(alone, towers, tmp_path, kind, chunk, how):
+    one, a = alone[kind]
+    two, b = train(towers, tmp_path / "two", start=TORCHRUN, kind=kind, chunk=chunk, how=how)
+    assert (one["processes"], two["processes"]) == (1, 2) and (two["type"] == "FSDP") == ("sharded" in how)
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-    a, b = (load_file(tmp_path / n / "weights.safetensors") for n in ("one", "two"))
-    worst = max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
-    assert worst < 1e-5
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("sharded",)])
+def test_bf16_from_the_launcher_trains_and_the_graph_stays_in_fp32(alone, towers, tmp_path, how):
+    whole, _ = alone["blocks"]
+    half, _ = train(towers, tmp_path / "half", start=TORCHRUN if how else (), how=how, precision="bf16")
+    assert (whole["precision"], half["precision"]) == ("no", "bf16") and half["graph"] == ["torch.float32"]
+    assert half["loss"] != whole["loss"] and half["loss"] == pytest.approx(whole["loss"], rel=0.05)

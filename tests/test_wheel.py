@@ -67,10 +67,13 @@ def test_wheel_holds_the_package_and_what_ships_and_nothing_else(wheel):
     about = next(n for n in sizes if n.endswith(".dist-info/METADATA")).split("/")[0]
     assert {name.split("/")[0] for name in sizes} == {"mmllmrec", about}
     kinds = {Path(name).suffix for name in sizes if not name.startswith(about)}
-    assert kinds <= {".py", ".jinja", ".json", ".safetensors", ".typed"}, kinds  # no notebook, no poster, no pickle
+    assert kinds <= {".py", ".jinja", ".json", ".safetensors", ".typed", ".yaml"}, (
+        kinds
+    )  # no notebook, no poster, no pickle
     assert max(sizes.values()) < 10e6
     ours = {p.relative_to(CLONE).as_posix() for p in (CLONE / "mmllmrec").rglob("*.py")}
     shipped = {p.relative_to(CLONE) for f in ("prompts", "adapters/nano-base") for p in (CLONE / f).rglob("*.*")}
+    ours |= {p.relative_to(CLONE).as_posix() for p in (CLONE / "mmllmrec" / "training" / "configs").glob("*.yaml")}
     assert ours | {f"mmllmrec/_shipped/{p.as_posix()}" for p in shipped} <= set(sizes)
 
 

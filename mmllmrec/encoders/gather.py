@@ -6,17 +6,33 @@ Legend: C candidates, D width, n the candidates of one process, W processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.sampling import Batch
 
 Encode = Callable[[Tensor], Tensor]
+
+
+class _Gather(torch.autograd.Function):
+    """Everyone's part, (n, D) -> (W, n, D); its backward is the sum of what all processes say of one's own part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
 
 
 def encode_pool(encode: Encode, batch: Batch) -> Tensor:
@@ -40,7 +56,8 @@ def encode_pool(encode: Encode, batch: Batch) -> Tensor:
     # a process without a candidate of its own encodes one and keeps nothing: all of them have to meet in the gather
     part = run(pool[rank::world] if counts[rank] else pool[:1])[: counts[rank]]
     padded = torch.cat([part, part.new_zeros(max(counts) - len(part), part.shape[1])])
-    parts = [p[:n] for p, n in zip(all_gather(padded), counts, strict=True)]
+    gathered: Tensor = _Gather.apply(padded)
+    parts = [p[:n] for p, n in zip(gathered, counts, strict=True)]
     order = torch.cat([torch.arange(r, len(pool), world, device=pool.device) for r in range(world)])
     return torch.cat(parts)[order.argsort()]
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from mmllmrec.data.interactions import DataError
+from mmllmrec.features import hub
+from mmllmrec.runcard import RunCard
 
 # open_clip attends with nn.MultiheadAttention, whose projections are parameters and no linear modules: naming modules
 # alone would miss them or, for out_proj, change nothing
@@ -52,9 +54,22 @@ def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None 
 
 def save(adapted: Any, folder: Path, *, card: dict[str, Any]) -> None:
     """Write ``adapter_model.safetensors``, ``adapter_config.json`` (both PEFT's) and ``card.json`` to ``folder``."""
-    adapted.save_pretrained(str(folder), safe_serialization=True)
+    # no embedding is adapted, and "auto" would ask the hub whether one grew
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card: ours says what is known
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def push(adapted: Any, repo_id: str, *, card: RunCard, private: bool = True, token: str | None = None) -> str:
+    """Upload one tower's LoRA, in PEFT's format, to ``owner/name`` on the Hugging Face hub; the repository's address.
+
+    It holds no events and no ids. ``card`` is the run's or a report's: see ``Recommender.push_to_hub``.
+    """
+
+    def write(folder: Path) -> None:
+        save(adapted, folder, card={})
+
+    return hub.upload(repo_id, write, card=card, base=hub.bases(adapted), private=private, token=token)
 
 
 def load(adapted: Any, folder: Path) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.data.sampling import Batch
-from mmllmrec.runcard import write_atomically
+from mmllmrec.features import hub
+from mmllmrec.runcard import RunCard, write_atomically
 
 
 class Recommender(nn.Module):
@@ -121,6 +122,16 @@ class Recommender(nn.Module):
         events = {"users": torch.tensor(self.train_data.users), "items": torch.tensor(self.train_data.items)}
         save_file(events, folder / "events.safetensors")
         save_file(self.weights(), folder / "model.safetensors")
+
+    def push_to_hub(self, repo_id: str, *, card: RunCard, private: bool = True, token: str | None = None) -> str:
+        """Upload what ``save_pretrained`` writes to ``owner/name`` on the Hugging Face hub; the repository's address.
+
+        ``card`` (of the run, or of a report, whose metrics have intervals) becomes the model card and ``card.json``
+        beside the weights: base and revision, data and split hash, prompt hash, metrics, command. The training events
+        and the ids of users and items are part of a saved model: the repository is private unless you say otherwise.
+        ``adapters.push`` uploads one tower's LoRA without them. Raises ``DataError`` for a ``repo_id`` without owner.
+        """
+        return hub.upload(repo_id, self.save_pretrained, card=card, base=hub.bases(self), private=private, token=token)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, catalog: Catalog | None = None) -> Recommender:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.runcard import write_atomically
@@ -24,7 +25,35 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     """What training moves: parameters with a gradient and persistent buffers. Frozen towers are not written again."""
     moving = {n for n, p in model.named_parameters() if p.requires_grad}
     fixed = {n for n, _ in model.named_parameters()} - moving
-    return {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items() if k not in fixed}
+    return {k: _whole(v) for k, v in model.state_dict().items() if k not in fixed}
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A copy on the CPU, put together where it lies in parts (all processes call it then)."""
+    value = value.detach()
+    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.cpu().clone().contiguous()
+
+
+def moments(optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """An optimiser's state by the place of the parameter: tensors whole and on the CPU, plain values as they are."""
+    return {
+        int(place): {k: _whole(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        for place, values in optimiser.state_dict()["state"].items()
+    }
+
+
+def set_moments(optimiser: torch.optim.Optimizer, found: dict[int, dict[str, Any]]) -> None:
+    """Put back what ``moments`` took, divided as the parameters are."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+
+    def like(p: Tensor, value: Any) -> Any:
+        if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
+            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+        return value
+
+    state = {n: {k: like(parameters[n], v) for k, v in values.items()} for n, values in found.items()}
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
 def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -38,18 +67,18 @@ def save(
     folder: Path,
     *,
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    moments: dict[int, dict[str, Any]],
     best: dict[str, Tensor],
     state: dict[str, Any],
 ) -> None:
-    """Write ``folder/checkpoint`` at once: weights, best weights, optimiser, and ``state`` (JSON)."""
+    """Write ``folder/checkpoint`` at once: weights, best weights, the optimiser's moments, and ``state`` (JSON)."""
     tensors = {f"model/{k}": v for k, v in trained(model).items()}
     tensors |= {f"best/{k}": v.clone() for k, v in best.items()}
     numbers: dict[str, dict[str, Any]] = {}
-    for position, values in optimiser.state_dict()["state"].items():
+    for position, values in moments.items():
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"optimiser/{position}/{key}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"optimiser/{position}/{key}"] = value
             else:
                 numbers.setdefault(str(position), {})[key] = value
 
@@ -61,10 +90,8 @@ def save(
     write_atomically(folder / NAME, write)
 
 
-def load(
-    folder: Path, *, model: nn.Module, optimiser: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a checkpoint back into model and optimiser; returns best weights and ``state``."""
+def load(folder: Path, *, model: nn.Module) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]], dict[str, Any]]:
+    """Put a checkpoint's weights back into the model; returns best weights, the optimiser's moments and ``state``."""
     tensors = load_file(folder / NAME / "state.safetensors")
     state = peek(folder)
     assert state is not None
@@ -73,12 +100,11 @@ def load(
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     restore(model, under("model/"))
-    moments: dict[int, dict[str, Any]] = {int(p): dict(v) for p, v in state.pop("optimiser").items()}
+    found: dict[int, dict[str, Any]] = {int(p): dict(v) for p, v in state.pop("optimiser").items()}
     for name, value in under("optimiser/").items():
         position, _, key = name.partition("/")
-        moments.setdefault(int(position), {})[key] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    return under("best/"), state
+        found.setdefault(int(position), {})[key] = value
+    return under("best/"), found, state
 
 
 def peek(folder: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Legend: B batch (of all processes together).
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -102,7 +103,7 @@ def fit(
     True ends the run there. ``log_with`` is any tracker of Accelerate. A model in closed form is only measured.
 
     Started by ``accelerate launch`` or torchrun it trains in that many processes, each with its share of every batch,
-    in the precision that the launcher asks for; validation is in float32.
+    in the precision that the launcher asks for, whole in each or sharded (FSDP2); validation is in float32.
 
     Raises ``DivergedError`` when a loss term is not finite, ``DataError`` when ``folder`` holds a checkpoint of other
     settings, and for ``item_batch`` with a model that samples negatives.
@@ -155,12 +156,6 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     if batch_size % world:
         raise DataError(f"batch_size={batch_size} is that of all {world} processes: make it divisible by {world}")
-    groups = model.parameter_groups(lr)
-    inner = torch.optim.AdamW(
-        [{k: v for k, v in g.items() if k != "name"} for g in groups], lr=lr, weight_decay=weight_decay, fused=True
-    )
-    loss_of, optimiser = accelerator.prepare(_Loss(model), inner)
-    base = [group["lr"] for group in inner.param_groups]
     if item_batch is None:
         steps_an_epoch = math.ceil(len(split.train) / batch_size)
     else:
@@ -172,6 +167,7 @@ def fit(
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best_score": -math.inf, "bad": 0, "history": []}
     state |= {"terms": {}, "spent": 0.0, "stopped": False, "settings": same, "key": key}
     best = checkpoint.trained(model)
+    moments: dict[int, dict[str, Any]] = {}
     if place is not None and resume and (found := checkpoint.peek(place)) is not None:
         if found["key"] != key:
             other = [k for k, v in same.items() if content_hash(found["settings"].get(k)) != content_hash(v)]
@@ -179,7 +175,17 @@ def fit(
                 f"{place} holds a checkpoint of a run with other {', '.join(other)}: "
                 "pass another folder, or resume=False"
             )
-        best, state = checkpoint.load(place, model=model, optimiser=inner)
+        best, moments, state = checkpoint.load(place, model=model)
+    # FSDP cuts up what it is given: it gets a copy, and the model stays whole for validation and for the user
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    learner = copy.deepcopy(model) if sharded else model
+    for p in learner.parameters() if sharded else ():
+        p.data = torch.atleast_1d(p.data)  # nor does it take scalars
+    groups = [{k: v for k, v in g.items() if k != "name"} for g in learner.parameter_groups(lr)]
+    inner = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=not sharded)
+    loss_of, optimiser = accelerator.prepare(_Loss(learner), inner)
+    checkpoint.set_moments(inner, moments)
+    base = [group["lr"] for group in inner.param_groups]
     if log_with is not None:
         accelerator.init_trackers("mmllmrec", config={k: v for k, v in settings.items() if v is not None})
     bar = tqdm(
@@ -201,8 +207,16 @@ def fit(
     def keep() -> None:
         add_up()
         state["spent"] = spent + time.perf_counter() - began
-        if place is not None and accelerator.is_main_process:
-            checkpoint.save(place, model=model, optimiser=inner, best=best, state=state)
+        if place is not None:
+            gather()
+            kept = checkpoint.moments(inner)
+            if accelerator.is_main_process:
+                checkpoint.save(place, model=model, moments=kept, best=best, state=state)
+
+    def gather() -> None:
+        if sharded:
+            own = model.state_dict()
+            checkpoint.restore(model, {k: v.view(own[k].shape) for k, v in checkpoint.trained(learner).items()})
 
     while state["epoch"] < epochs and not state["stopped"]:
         number = state["epoch"]
@@ -212,7 +226,7 @@ def fit(
             batches = epoch(split.train, batch_size=batch_size, negatives=model.negatives, rng=rng)
         else:
             batches = item_blocks(split.train, size=item_batch, rng=rng)
-        model.train()
+        learner.train()
         for position, batch in enumerate(batches):
             if position < state["step"]:
                 continue
@@ -222,7 +236,8 @@ def fit(
             torch.manual_seed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
             held = len(range(rank, len(batch), world))
             share = replace(batch.share(rank, world), chunk=chunk).to(accelerator.device)
-            terms = loss_of(share)
+            with accelerator.autocast():  # FSDP narrows weights to bf16, and not what meets them
+                terms = loss_of(share)
             loss = torch.stack(list(terms.values())).sum()
             if not bool(torch.isfinite(loss)):
                 raise DivergedError(_diverged(terms, number))
@@ -230,7 +245,7 @@ def fit(
             # shares of the last batch can differ in size; each counts by its number of positives
             accelerator.backward(loss * (held * world / len(batch)))
             if clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), clip)
+                accelerator.clip_grad_norm_(loss_of.parameters(), clip)
             optimiser.step()
             for name, value in terms.items():
                 local[name] = local.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double() * held
@@ -243,7 +258,11 @@ def fit(
         add_up()
         row = {"epoch": number, **{k: v / len(split.train) for k, v in state["terms"].items()}}
         if (number + 1) % eval_every == 0 or number + 1 == epochs:
+            gather()
+            model.to(accelerator.device)
             row[monitor] = validation_score(model, split.train, split.valid, metric=monitor)
+            if sharded:
+                model.cpu()
         row["seconds"] = spent + time.perf_counter() - began
         stop = bool(on_epoch(row)) if on_epoch is not None and accelerator.is_main_process else False
         # processes that decide apart, on numbers that can differ in the last place, would wait on one another for ever
@@ -259,7 +278,8 @@ def fit(
         accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=number)
         keep()
     bar.close()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training(), which would leave a second fit without its processes
+        tracker.finish()
     checkpoint.restore(model, best)
     card.seconds = round(spent + time.perf_counter() - began, 3)
     card.peak_memory_mb = peak_memory_mb()
