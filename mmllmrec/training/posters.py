@@ -59,7 +59,7 @@ class Recipe:
     layers: int = 4
     head_width: int = 24
     start: str = "nano"  # weights to start from where names and shapes fit; "random" for none
-    epochs: int = 30
+    epochs: int = 24
     batch: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.1
