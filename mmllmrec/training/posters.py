@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +50,13 @@ KS = (1, 10, 50)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, beside data and seed."""
+    """Everything that decides the weights, beside data and seed.
+
+    Chosen on warm films kept aside (split seed 0, 290 films, geometric mean rank 57, by chance 108). One run each, and
+    differences of a few ranks are within its noise: words centred 57, centred and whitened 64 to 65, genres and plot
+    without the title 59, sigmoid for softmax 61, 96 pixels 61, lower lr with more decay 59, harder crops with
+    erasing 61, mean pooling instead of the class token 68 (whitened), three times the films (``more``) 59.
+    """
 
     size: int = 64  # S
     patch: int = 16
@@ -420,9 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> RunCard:
     options = {} if asked.split in ("given", "temporal") else {"seed": asked.seed}
     split = splits.SPLITS[asked.split](data, **options)
     card = pretrain(asked.folder, split, more=more, seed=asked.seed)
-    card.settings["command"] = " ".join(
-        ["python -m mmllmrec.training.posters", *(arguments if arguments is not None else sys.argv[1:])]
-    )
+    # where it was written and read says nothing of how it was made
+    made = f"python -m mmllmrec.training.posters FOLDER --split {asked.split} --seed {asked.seed}"
+    card.settings["command"] = made + (" --more" if asked.more else "")
     card.save(asked.folder / "card.json")
     return measure(asked.folder, split)
 
