@@ -121,11 +121,14 @@ class Hybrid(Recommender):
         """Content of some items, (C,) int64; ``fused`` need not have unit length."""
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """IDs and biases at 20 lr (each row gets few gradients) without weight decay (they have a prior), the rest at lr."""
+        """IDs and biases at 20 lr (a row gets few gradients), without weight decay (they have a prior); the rest at lr."""
         ids = [self.item_ids.weight, self.user_ids.weight, self.bias]
         known = {id(p) for p in ids}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        return [{"params": ids, "lr": 20 * lr, "weight_decay": 0.0, "name": "ids"}, {"params": rest, "lr": lr, "name": "heads"}]
+        return [
+            {"params": ids, "lr": 20 * lr, "weight_decay": 0.0, "name": "ids"},
+            {"params": rest, "lr": lr, "name": "heads"},
+        ]
 
     # -- vectors ----------------------------------------------------------------------------------------------------
 
