@@ -118,7 +118,7 @@ def test_vbpr_reads_another_catalogue_through_the_same_maps(train):
     ids_only = model.users.weight[:, :4] @ (model.items.weight * (torch.tensor(train.item_counts) > 0)[:, None]).T
     torch.testing.assert_close(blind.score(users), ids_only.detach())
     shuffled = model.with_catalog(catalog.shuffled("image", seed=1))
-    assert sorted(shuffled.content[:, 0].tolist()) == pytest.approx(sorted(model.content[:, 0].tolist()), abs=1e-5)
+    assert sorted(shuffled.frozen[:, 0].tolist()) == pytest.approx(sorted(model.frozen[:, 0].tolist()), abs=1e-5)
     assert not torch.allclose(shuffled.score(users), before)
     assert torch.equal(model.score(users), before)  # the model itself is as it was
 

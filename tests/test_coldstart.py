@@ -133,7 +133,7 @@ def test_lightgcn_content_is_id_and_features_before_the_graph(train):
 
 def test_id_dropout_takes_ids_away_in_training_alone(train):
     model = build("LightGCNContent", train, id_dropout=0.5)
-    content = model.project(model.content)
+    content = model.project(model.frozen)
     gone = torch.stack([(model.own()[1] == content).all(dim=1) for _ in range(200)]).float().mean(0)
     assert gone[N - 1] == 1 and ((gone[: N - 1] > 0.3) & (gone[: N - 1] < 0.7)).all()
     model.eval()

@@ -65,3 +65,18 @@ def tiny_world(users: int = 7, items: int = 11) -> tuple[Interactions, Catalog]:
     string = datasets.Value("string")
     features = datasets.Features(item_id=string, title=string, text=string, image=datasets.Image(decode=False))
     return train, Catalog(datasets.Dataset.from_dict(rows, features=features), item_ids)
+
+
+def sensing_world() -> tuple[Interactions, Catalog]:
+    """``tiny_world`` with a second of sound, four sensor channels, and a table of features called ``taste``; items 1
+    and 6, 3, and 8 have none of it."""
+    train, catalog = tiny_world()
+    rng = np.random.default_rng(2)
+    n = len(catalog)
+    sound = [None if i in (1, 6) else rng.normal(size=4000).astype(np.float32).tolist() for i in range(n)]
+    smell = [None if i == 3 else rng.random(4).astype(np.float32).tolist() for i in range(n)]
+    numbers = datasets.List(datasets.Value("float32"))
+    rows = catalog.dataset.add_column("audio", sound, feature=numbers).add_column("sensor", smell, feature=numbers)
+    absent = {"taste": np.arange(n) == 8}
+    taste = {"taste": rng.normal(size=(n, 6)).astype(np.float32)}
+    return train, Catalog(rows, catalog.item_ids, features=taste, absent=absent)

@@ -19,7 +19,7 @@ from mmllmrec.data.interactions import DataError, Interactions
 class Batch:
     """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids. ``by_item``: all events of some
     items, as ``item_blocks`` makes them. ``pool`` (C,): the distinct items of the whole batch, ascending, of which
-    this process (``rank`` of ``world``) holds a share of the events. ``chunk``: how many items a model that reads
+    this process (``rank`` of ``world``) holds a share of the events; ``whole`` (2, N) are all of these. ``chunk``: how many items a model that reads
     content encodes at once, None for all."""
 
     users: torch.Tensor
@@ -27,14 +27,14 @@ class Batch:
     negatives: torch.Tensor | None = None
     by_item: bool = False
     pool: torch.Tensor | None = None
-    total: int = 0  # events of the whole batch
+    whole: torch.Tensor | None = None
     rank: int = 0
     world: int = 1
     chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.pool is None:
-            self.pool, self.total = self.items.unique(), len(self.items)
+            self.pool, self.whole = self.items.unique(), torch.stack([self.users, self.items])
 
     def __len__(self) -> int:
         return len(self.users)
@@ -75,8 +75,8 @@ def in_batch(train: Interactions, batch: Batch, *, same: torch.Tensor | None = N
     told apart), copies of the positive. ``log_q`` is that of a batch of events (``log_inclusion``); a block of items
     needs none.
     """
-    items = batch.pool
-    assert items is not None
+    items, whole = batch.pool, batch.whole
+    assert items is not None and whole is not None
     target = torch.searchsorted(items, batch.items)
     where = items.cpu().numpy()
     mask = torch.from_numpy(train.csr[batch.users.cpu().numpy()][:, where].toarray() > 0).to(items.device)
@@ -85,7 +85,7 @@ def in_batch(train: Interactions, batch: Batch, *, same: torch.Tensor | None = N
         mask |= alike[target][:, None] == alike[None]
     log_q = None
     if not batch.by_item:
-        log_q = torch.from_numpy(log_inclusion(train.item_counts, batch.total)[where]).to(items.device)
+        log_q = torch.from_numpy(log_inclusion(train.item_counts, whole.shape[1])[where]).to(items.device)
     return InBatch(items, target, mask, log_q)
 
 

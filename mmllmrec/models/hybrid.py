@@ -54,6 +54,7 @@ class Hybrid(Recommender):
     supports_cold_users: ClassVar[bool] = True
     negatives: int = 0
     loss_name: str = "softmax"
+    history_cut: float = 0.5  # share of the histories that a step of training cuts short
     item_present: Tensor
     user_count: Tensor
     bank: Tensor
@@ -270,10 +271,14 @@ class Hybrid(Recommender):
         mine = users[place] == batch.users
         numbers = users.cpu().numpy()
         rows = self.train_data.csr[numbers].toarray() > 0
-        rows[:, found.items.cpu().numpy()] = False
-        # half of the histories keep a random share of their events
+        assert batch.whole is not None
+        taking, taken = batch.whole.cpu().numpy()
+        where = np.minimum(np.searchsorted(numbers, taking), len(numbers) - 1)
+        own = numbers[where] == taking
+        rows[where[own], taken[own]] = False
+        # some histories keep a random share of their events
         share = torch.rand(len(users), 1)
-        keep = torch.where(torch.rand(len(users), 1) < 0.5, share, torch.ones(()))
+        keep = torch.where(torch.rand(len(users), 1) < self.history_cut, share, torch.ones(()))
         rows &= (torch.rand(rows.shape) < keep).numpy()
         h = self._told(self.bank, rows)
         part = InBatch(found.items, found.target[mine], found.mask[mine], found.log_q)

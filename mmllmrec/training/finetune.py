@@ -20,6 +20,7 @@ from mmllmrec.data.dataset import load_dataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import SPLITS, Split
 from mmllmrec.evaluation.report import evaluate
+from mmllmrec.models.hybrid import Hybrid
 from mmllmrec.models.unified import PRESETS, Preset, Unified
 from mmllmrec.runcard import content_hash, write_json
 from mmllmrec.seed import seed_everything
@@ -37,7 +38,8 @@ LAUNCHERS = ("cpu2", "bf16", "fsdp")
 
 def default() -> dict[str, Any]:
     """A config with every section, the model's and fit's defaults written out: what ``--init`` saves."""
-    model = {"preset": "nano", "rank": PRESETS["nano"].rank, **_defaults(Unified, ("dim", "id_dropout"))}
+    model = {"preset": "nano", "rank": PRESETS["nano"].rank, "trainer": "end_to_end"}
+    model |= _defaults(Hybrid, ("dim", "id_dropout"))
     split = {"kind": "cold_items", "options": _defaults(SPLITS["cold_items"], ("fraction", "seed"))}
     fit_section = {**Unified.fit_defaults, "chunk": None}
     return {**SECTIONS, "split": split, "model": model, "fit": fit_section, "seed": 0}
@@ -155,9 +157,10 @@ def _towers() -> list[str]:
 
 
 def _options() -> list[str]:
-    return [
-        k for k in inspect.signature(Unified.__init__).parameters if k not in ("self", "train", "catalog", "preset")
-    ]
+    """Keywords of ``Unified``, those it hands on to ``Hybrid`` and the trainer of ``from_preset`` included."""
+    found = [*inspect.signature(Unified.__init__).parameters, *inspect.signature(Hybrid.__init__).parameters, "trainer"]
+    ours = ("self", "train", "catalog", "preset", "options", "config")
+    return [k for k in dict.fromkeys(found) if k not in ours]
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:

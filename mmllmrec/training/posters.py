@@ -136,7 +136,8 @@ def pretrain(
     if (found := checkpoint.peek(working)) is not None:
         if found["key"] != state["key"]:
             raise DataError(f"{working} is of a run with other films or settings: pass another folder, or remove it")
-        best, state = checkpoint.load(working, model=clip, optimiser=optimiser)
+        best, moments, state = checkpoint.load(working, model=clip)
+        checkpoint.set_moments(optimiser, moments)
     spent = state["spent"]
     bar = tqdm(total=total, initial=state["epoch"] * steps, desc="posters", disable=not progress)
     for epoch in range(state["epoch"], recipe.epochs):
@@ -169,7 +170,7 @@ def pretrain(
         if not state["best"] or metrics["rank"] < state["best"]["rank"]:
             best, state["best"] = checkpoint.trained(clip), metrics
         state |= {"epoch": epoch + 1, "spent": spent + time.perf_counter() - began}
-        checkpoint.save(working, model=clip, optimiser=optimiser, best=best, state=state)
+        checkpoint.save(working, model=clip, moments=checkpoint.moments(optimiser), best=best, state=state)
     bar.close()
 
     checkpoint.restore(clip, best)
