@@ -49,7 +49,7 @@ def config(tmp_path_factory):
         "fit": {"epochs": 2, "item_batch": 6, "eval_every": 1},
         "seed": 4,
     }
-    asked["model"] |= {"soft": 2, "dim": 16, "id_dropout": 0.0}
+    asked["model"] |= {"soft": 2, "dim": 16, "id_dropout": 0.0, "history_cut": 0.0}
     (place / "config.json").write_text(json.dumps(asked))
     return place / "config.json"
 

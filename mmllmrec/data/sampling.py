@@ -18,9 +18,9 @@ from mmllmrec.data.interactions import DataError, Interactions
 @dataclass
 class Batch:
     """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids. ``by_item``: all events of some
-    items, as ``item_blocks`` makes them. ``pool`` (C,): the distinct items of the whole batch, ascending, of which
-    this process (``rank`` of ``world``) holds a share of the events; ``whole`` (2, N) are all of these. ``chunk``: how many items a model that reads
-    content encodes at once, None for all."""
+    items, as ``item_blocks`` makes them. ``pool`` (C,): the distinct items of the whole batch, ascending, of whose
+    events ``whole`` (2, N) this process (``rank`` of ``world``) holds a share. ``chunk``: how many items a model that
+    reads content encodes at once, None for all."""
 
     users: torch.Tensor
     items: torch.Tensor

@@ -137,7 +137,9 @@ class Resampler(nn.Module):
 
 
 class Head(nn.Module):
-    """LN(W whiten(x)): (B, V) -> (B, D). The whitening is fitted once, on what the towers say before they train.
+    """LN(W whiten(x)), and with ``hidden`` LN(W y + V gelu(U y)), y = whiten(x): (B, V) -> (B, D).
+
+    The whitening is fitted once, on what the towers say before they train.
 
     States of pretrained towers share a large mean and vary in few directions: a linear map on them as they are hardly
     trains. whiten(x) = (x - mean) V_k diag(lambda_k + eps tr/V)^-1/2 with the k largest eigenpairs of the covariance;
@@ -147,12 +149,12 @@ class Head(nn.Module):
     mean: Tensor
     whiten: Tensor
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, width: int, dim: int, *, hidden: int = 0):
         super().__init__()
-        self.dim = dim
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("whiten", torch.eye(width))
         self.linear = nn.Linear(width, dim)
+        self.bend = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else None
         self.norm = nn.LayerNorm(dim)
 
     @torch.no_grad()
@@ -169,7 +171,8 @@ class Head(nn.Module):
         self.whiten.copy_((axes * scale) @ axes.T)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.linear((x - self.mean) @ self.whiten))
+        y = (x - self.mean) @ self.whiten
+        out: Tensor = self.norm(self.linear(y) if self.bend is None else self.linear(y) + self.bend(y))
         return out
 
 
@@ -187,9 +190,9 @@ class Content:
 class Backbone(nn.Module):
     """Vision tower, further senses and language model under one read-out, with late paths around the language model.
 
-    early: [prompt | soft tokens | words | EMB] -> language model -> e = LN(W h_EMB); a bidirectional model gives the
-    mean over its tokens. late: l_image = LN(W v0) of the pooled picture, l_text = LN(W t0) of the mean of the words'
-    states where they enter, l_m = LN(W m0) of each further modality. fused: a fusion over {e, l_1, ..., l_M} masked by
+    early: [prompt | soft tokens | words | EMB] -> language model -> e = head(h_EMB), a ``Head`` with a hidden layer,
+    because tastes for combinations are not linear in what is said; a bidirectional model gives the mean over its tokens. late: l_image = head of the pooled picture and its patches' mean, l_text of the mean of the words'
+    states where they enter, l_m of each further modality, linear. fused: a fusion over {e, l_1, ..., l_M} masked by
     presence. The towers come frozen or with LoRA; resamplers, further senses, heads and fusion train.
 
     ``senses`` are encoders of modalities besides pictures and words: called on what is present they give pooled (B, P)
@@ -225,7 +228,7 @@ class Backbone(nn.Module):
         self.read = nn.Parameter(torch.randn(width) * 0.02)
         widths = {EARLY: width, "image": vision.pooled_width + vision.token_width, "text": width}
         widths |= {m: s.pooled_width for m, s in self.senses.items()}  # type: ignore[misc]
-        self.heads = nn.ModuleDict({m: Head(w, dim) for m, w in widths.items()})
+        self.heads = nn.ModuleDict({m: Head(w, dim, hidden=2 * dim if m == EARLY else 0) for m, w in widths.items()})
         everything = (EARLY, "image", "text", *self.senses)
         self.paths = everything if paths is None else paths
         unknown = [p for p in self.paths if p not in everything]

@@ -25,6 +25,7 @@ class Moments:
     @classmethod
     def of(cls, items: Tensor) -> Self:
         """Of items (I, D)."""
+        items = items.float()
         mean = items.mean(dim=0)
         centred = items - mean
         return cls(mean, centred.T @ centred / max(len(items), 1))
@@ -61,12 +62,11 @@ class HistoryEncoder(nn.Module):
 
     def discriminant(self, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
         """The closed form alone, (B, D)."""
-        size = len(moments.mean)
-        matrix = moments.covariance + self.log_ridge.exp() * (moments.covariance.diagonal().mean() + 1e-8) * torch.eye(
-            size, device=sums.device
-        )
-        mean = (sums - counts[:, None] * moments.mean) / (counts[:, None] + self.log_shrink.exp())
-        found: Tensor = self.log_gain.exp() * torch.linalg.solve(matrix, mean.T).T
+        size, spread = len(moments.mean), moments.covariance.diagonal().mean() + 1e-8
+        ridge, shrink, gain = (x.float().exp() for x in (self.log_ridge, self.log_shrink, self.log_gain))
+        matrix = moments.covariance + ridge * spread * torch.eye(size, device=sums.device)
+        mean = (sums - counts[:, None] * moments.mean) / (counts[:, None] + shrink)
+        found: Tensor = gain * torch.linalg.solve(matrix, mean.T).T
         return found
 
     def forward(self, tokens: Tensor, present: Tensor, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
@@ -75,13 +75,16 @@ class HistoryEncoder(nn.Module):
                 f"history: tokens {tuple(tokens.shape)}, present {tuple(present.shape)}, sums {tuple(sums.shape)}; "
                 "expected (B, L, D), (B, L) and (B, D)"
             )
-        found = self.discriminant(sums, counts, moments)
-        if len(self.layers):
-            spread = (moments.covariance.diagonal().mean() + 1e-8).sqrt()
-            x = ((tokens - moments.mean) / spread).masked_fill(~present[..., None], 0.0)
-            x = torch.cat([self.query.expand(len(x), 1, -1), x], dim=1)
-            absent = F.pad(~present, (1, 0), value=False)
-            for layer in self.layers:
-                x = layer(x, src_key_padding_mask=absent)
-            found = found + self.out(x[:, 0]) * present.any(dim=1, keepdim=True)
-        return found
+        # a solve needs single precision; the correction takes that of its parameters
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            found = self.discriminant(sums.float(), counts.float(), moments)
+            if len(self.layers):
+                spread = (moments.covariance.diagonal().mean() + 1e-8).sqrt()
+                x = ((tokens - moments.mean) / spread).masked_fill(~present[..., None], 0.0).to(self.query.dtype)
+                x = torch.cat([self.query.expand(len(x), 1, -1), x], dim=1)
+                absent = F.pad(~present, (1, 0), value=False)
+                for layer in self.layers:
+                    x = layer(x, src_key_padding_mask=absent)
+                found = found + self.out(x[:, 0]).float() * present.any(dim=1, keepdim=True)
+            return found

@@ -40,8 +40,8 @@ class Hybrid(Recommender):
     and copies of the positive masked, corrected by log(1 - (1 - p)^B) for batches of events; ``reg``: squared norms of
     the batch's user IDs, item IDs and biases, times ``reg_user``, ``reg_item``, ``reg_bias`` (the prior under which the
     score is a maximum a posteriori: without it IDs learn by heart what content could say); ``history``: the same
-    softmax for the history tower alone, items held fixed, each history without the events of the batch and cut at
-    random, so that short ones are met too. Further terms, none without its weight: ``modality_weight``: the softmax of
+    softmax for the history tower alone, items held fixed, each history without the events of the batch, and a share
+    ``history_cut`` of them cut at random, so that short ones are met too. Further terms, none without its weight: ``modality_weight``: the softmax of
     each path alone, against neglect; ``cross_weight``: InfoNCE between pairs of modalities on heads of their own;
     ``collaborative_weight``: InfoNCE between content and the mean of the users who took the item (as in CLCRec, Wei et
     al. 2021, eq. 9).
@@ -54,7 +54,6 @@ class Hybrid(Recommender):
     supports_cold_users: ClassVar[bool] = True
     negatives: int = 0
     loss_name: str = "softmax"
-    history_cut: float = 0.5  # share of the histories that a step of training cuts short
     item_present: Tensor
     user_count: Tensor
     bank: Tensor
@@ -72,6 +71,7 @@ class Hybrid(Recommender):
         graph_layers: int = 0,
         mix: float = 1.0,
         history_layers: int = 1,
+        history_cut: float = 0.5,
         modality_weight: float = 0.0,
         cross_weight: float = 0.0,
         collaborative_weight: float = 0.0,
@@ -88,6 +88,7 @@ class Hybrid(Recommender):
             "graph_layers": graph_layers,
             "mix": mix,
             "history_layers": history_layers,
+            "history_cut": history_cut,
             "modality_weight": modality_weight,
             "cross_weight": cross_weight,
             "collaborative_weight": collaborative_weight,
@@ -96,6 +97,7 @@ class Hybrid(Recommender):
         if not 0 <= id_dropout <= 1:
             raise DataError(f"id_dropout={id_dropout}: a chance, between 0 and 1")
         self.id_dropout, self.cold_offset, self.mix = id_dropout, cold_offset, mix
+        self.history_cut = history_cut
         self.reg = {"user": reg_user, "item": reg_item, "bias": reg_bias}
         self.weighed = {"modality": modality_weight, "cross": cross_weight, "collaborative": collaborative_weight}
         self.user_ids = nn.Embedding(self.n_users, dim)
@@ -122,7 +124,7 @@ class Hybrid(Recommender):
         """Content of some items, (C,) int64; ``fused`` need not have unit length."""
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """IDs and biases at 20 lr (a row gets few gradients), without weight decay (they have a prior); the rest at lr."""
+        """IDs and biases at 20 lr (a row gets few gradients) without decay (they have a prior); the rest at lr."""
         ids = [self.item_ids.weight, self.user_ids.weight, self.bias]
         known = {id(p) for p in ids}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
@@ -166,8 +168,9 @@ class Hybrid(Recommender):
         index = (order.to(content.device) - 2 * here.float()).argsort(dim=1, stable=True)[:, :length]
         present = here.gather(1, index)
         moments = Moments.of(content[self.item_present & read])
-        sums = here.to(content.dtype) @ content
-        found: Tensor = self.history_tower(content[index], present, sums, counts.to(content.dtype), moments)
+        with torch.autocast(content.device.type, enabled=False):
+            sums = here.float() @ content.float()
+        found: Tensor = self.history_tower(content[index], present, sums, counts.float(), moments)
         return found
 
     def forward(self) -> tuple[Tensor, Tensor]:

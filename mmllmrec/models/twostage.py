@@ -27,7 +27,7 @@ class TwoStage(ReadsFeatures, Hybrid):
     ``features`` or ``catalog``, ``feature_dim``: as in ``ContentModel``. ``paths`` and ``fusion``: as in ``Backbone``.
     """
 
-    fit_defaults: ClassVar[dict[str, Any]] = {"epochs": 24, "item_batch": 128, "eval_every": 4, "lr": 2e-3}
+    fit_defaults: ClassVar[dict[str, Any]] = {"epochs": 24, "item_batch": 128, "eval_every": 4, "lr": 4e-3}
     fit_defaults |= {"schedule": "cosine", "warmup": 0.05, "clip": 1.0}
 
     def __init__(
@@ -39,7 +39,7 @@ class TwoStage(ReadsFeatures, Hybrid):
         feature_dim: int = 64,
         dim: int = 64,
         paths: tuple[str, ...] | None = None,
-        fusion: str = "gate",
+        fusion: str = "concat",
         **options: Any,
     ):
         names = features.modalities if features is not None else catalog.modalities if catalog is not None else ()

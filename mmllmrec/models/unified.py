@@ -67,10 +67,10 @@ class Unified(Hybrid):
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {
-        "epochs": 24,
+        "epochs": 20,
         "item_batch": 128,
         "eval_every": 4,
-        "lr": 2e-3,
+        "lr": 4e-3,
         "schedule": "cosine",
         "warmup": 0.05,
         "clip": 1.0,
@@ -86,7 +86,7 @@ class Unified(Hybrid):
         dim: int = 64,
         modalities: tuple[str, ...] | None = None,
         paths: tuple[str, ...] | None = None,
-        fusion: str = "gate",
+        fusion: str = "concat",
         prompt: str = "item",
         **options: Any,
     ):

@@ -27,8 +27,6 @@ towers, kind, chunk, out, *how = sys.argv[1:]
 
 
 class Steady(Unified):
-    history_cut = 0.0  # drawn apart in each process
-
     def parameter_groups(self, lr):
         # Adam divides by the gradient's size, so its first steps magnify rounding where a gradient is nearly zero
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "name": "all", "eps": 1e-3}]
@@ -53,9 +51,12 @@ preset = Preset(vision=f"{towers}/clip", language=f"{towers}/language", rank=3, 
 seen = set()
 
 
+drawn_apart = {"id_dropout": 0.0, "history_cut": 0.0}  # in each process
+
+
 def run(**options):
     seed_everything(5)
-    model = Steady.from_preset(preset, data=split.train, catalog=catalog, dim=16, id_dropout=0.0, graph_layers=1)
+    model = Steady.from_preset(preset, data=split.train, catalog=catalog, dim=16, **drawn_apart, graph_layers=1)
     model.graph.propagation.register_forward_hook(lambda module, given, out: seen.add(str(out.dtype)))
     size = {"item_batch": 5} if kind == "blocks" else {"batch_size": 6}
     return fit(model, split, lr=0.01, clip=1.0, epochs=2, chunk=int(chunk) or None, progress=False, **size, **options)
