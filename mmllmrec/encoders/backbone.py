@@ -191,8 +191,9 @@ class Backbone(nn.Module):
     """Vision tower, further senses and language model under one read-out, with late paths around the language model.
 
     early: [prompt | soft tokens | words | EMB] -> language model -> e = head(h_EMB), a ``Head`` with a hidden layer,
-    because tastes for combinations are not linear in what is said; a bidirectional model gives the mean over its tokens. late: l_image = head of the pooled picture and its patches' mean, l_text of the mean of the words'
-    states where they enter, l_m of each further modality, linear. fused: a fusion over {e, l_1, ..., l_M} masked by
+    because tastes for combinations are not linear in what is said; a bidirectional model gives the mean over its
+    tokens. late: l_image = head of the pooled picture and its patches' mean, l_text of the mean of the words' states
+    where they enter, l_m of each further modality, all linear. fused: a fusion over {e, l_1, ..., l_M} masked by
     presence. The towers come frozen or with LoRA; resamplers, further senses, heads and fusion train.
 
     ``senses`` are encoders of modalities besides pictures and words: called on what is present they give pooled (B, P)

@@ -41,10 +41,10 @@ class Hybrid(Recommender):
     the batch's user IDs, item IDs and biases, times ``reg_user``, ``reg_item``, ``reg_bias`` (the prior under which the
     score is a maximum a posteriori: without it IDs learn by heart what content could say); ``history``: the same
     softmax for the history tower alone, items held fixed, each history without the events of the batch, and a share
-    ``history_cut`` of them cut at random, so that short ones are met too. Further terms, none without its weight: ``modality_weight``: the softmax of
-    each path alone, against neglect; ``cross_weight``: InfoNCE between pairs of modalities on heads of their own;
-    ``collaborative_weight``: InfoNCE between content and the mean of the users who took the item (as in CLCRec, Wei et
-    al. 2021, eq. 9).
+    ``history_cut`` of them cut at random, so that short ones are met too. Further terms, none without its weight:
+    ``modality_weight``: the softmax of each path alone, against neglect; ``cross_weight``: InfoNCE between pairs of
+    modalities on heads of their own; ``collaborative_weight``: InfoNCE between content and the mean of the users who
+    took the item (as in CLCRec, Wei et al. 2021).
 
     Departures from a cosine over a temperature: users keep their length, which says how sure their taste is, and the
     prior bounds it. A subclass says what content is: ``content``.
