@@ -26,6 +26,8 @@ from mmllmrec.seed import seed_everything
 
 METRICS = ("ndcg@20", "recall@20", "ndcg@10", "recall@10")  # what a summary holds; a seed's own card has all
 CLASSICAL = {"epochs": 200, "batch_size": 2048, "lr": 5e-3, "patience": 20}  # of the trained baselines
+QUICKSTART = ("LightGCN", "LightGCN (softmax)", "VBPR", "VBPR (softmax)", "TwoStage", "Unified")
+SOFTMAX = {**CLASSICAL, "lr": 1e-3, "weight_decay": 1.0}  # of the same under the unified model's loss
 PARITY = {"epochs": 1000, "batch_size": 2048, "lr": 1e-3, "patience": 20, "monitor": "recall@20"}  # as the peer's
 
 
@@ -64,8 +66,8 @@ class Summary:
         return heading + "\n".join(tables) + f"\nrun card: {self.path}"
 
 
-def model_of(name: str, split: Split, *, preset: str = "nano") -> Any:
-    """A model by its class's name, built for a split with its own defaults; ``preset`` is Unified's.
+def model_of(name: str, split: Split, *, preset: str = "nano", **options: Any) -> Any:
+    """A model by its class's name, built for a split with its own defaults and ``options``; ``preset`` is Unified's.
 
     Raises ``DataError`` with the list of models for a name that is none.
     """
@@ -76,9 +78,9 @@ def model_of(name: str, split: Split, *, preset: str = "nano") -> Any:
     if kind is None:
         raise DataError(f"unknown model {name!r}; models are {sorted(known)}")
     if kind.__name__ == "Unified":
-        return kind.from_preset(preset, data=split.train, catalog=split.catalog)  # type: ignore[attr-defined]
+        return kind.from_preset(preset, data=split.train, catalog=split.catalog, **options)  # type: ignore[attr-defined]
     content = {"catalog": split.catalog} if hasattr(kind, "with_catalog") else {}
-    return kind(split.train, **content)
+    return kind(split.train, **content, **options)
 
 
 def settings_of(model: Any) -> dict[str, Any]:
@@ -87,9 +89,12 @@ def settings_of(model: Any) -> dict[str, Any]:
 
 
 def entry(name: str, *, preset: str = "nano") -> Entry:
-    """A system under its own defaults."""
+    """A system under its own defaults; ``"LightGCN (softmax)"`` is a baseline under the unified model's loss."""
     from mmllmrec import models
 
+    base, _, loss = name.partition(" (")
+    if loss:
+        return Entry(name, lambda split: model_of(base, split, loss=loss.rstrip(")")), SOFTMAX)
     settings = settings_of(models.classes()[name])
     return Entry(name, lambda split: model_of(name, split, preset=preset), settings)
 
@@ -188,7 +193,7 @@ def quickstart(
     seeds: int = 3,
     folder: str | os.PathLike[str] = "runs/quickstart",
     data: RecDataset | None = None,
-    systems: Sequence[str] = ("LightGCN", "VBPR", "Unified"),
+    systems: Sequence[str] = QUICKSTART,
     quick: int | None = None,
 ) -> Summary:
     """The quickstart's table over seeds: Atelier, cold items held out, floors and oracle beside ``systems``."""

@@ -70,7 +70,7 @@ class Unified(Hybrid):
         "epochs": 20,
         "item_batch": 128,
         "eval_every": 4,
-        "lr": 4e-3,
+        "lr": 5e-3,
         "schedule": "cosine",
         "warmup": 0.05,
         "clip": 1.0,
