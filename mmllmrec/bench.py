@@ -88,15 +88,17 @@ def settings_of(model: Any) -> dict[str, Any]:
     return dict(getattr(model, "fit_defaults", CLASSICAL)) if model.trainable else {}
 
 
-def entry(name: str, *, preset: str = "nano") -> Entry:
-    """A system under its own defaults; ``"LightGCN (softmax)"`` is a baseline under the unified model's loss."""
+def entry(name: str, *, preset: str = "nano", **unified: Any) -> Entry:
+    """A system under its own defaults; ``"LightGCN (softmax)"`` is a baseline under the unified model's loss. ``preset``
+    and ``unified`` are Unified's alone."""
     from mmllmrec import models
 
     base, _, loss = name.partition(" (")
     if loss:
         return Entry(name, lambda split: model_of(base, split, loss=loss.rstrip(")")), SOFTMAX)
     settings = settings_of(models.classes()[name])
-    return Entry(name, lambda split: model_of(name, split, preset=preset), settings)
+    options = unified if name == "Unified" else {}
+    return Entry(name, lambda split: model_of(name, split, preset=preset, **options), settings)
 
 
 def run_seed(
@@ -216,11 +218,11 @@ def movielens(
 ) -> list[Summary]:
     """Real posters and words, random-per-user and cold-items splits; Unified reads with ``minilm``.
 
-    ``kinds`` limits the splits. MiniLM is large for two cores: eight epochs, in blocks of 256 items.
+    ``kinds`` limits the splits. MiniLM is large for two cores: the cached trainer, eight epochs, blocks of 256 items.
     """
     # a garbled row is left out here and counted in the dataset's ``about``: a bench must run on the files as they are
     data = load_dataset("movielens-small", path, bad_rows="drop")
-    entries = [entry(s, preset="minilm") for s in systems]
+    entries = [entry(s, preset="minilm", trainer="cached") for s in systems]
     if entries[-1].name == "Unified":
         settings = entries[-1].settings | {"epochs": 8, "item_batch": 256}
         entries[-1] = replace(entries[-1], settings=settings, controls=("shuffled image", "shuffled text"))

@@ -8,6 +8,8 @@ from PIL import Image
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models import TwoStage
 from mmllmrec.models.bpr import BPR
 from mmllmrec.models.itemknn import ItemKNN
 from mmllmrec.serving.recommend import COLUMNS, recommend
@@ -137,3 +139,25 @@ def test_titles_and_pictures(model, train, capsys):
     shorter = IdMap(train.item_ids.ids[::-1])
     with pytest.raises(DataError, match="not those the model was trained on"):
         recommend(model, users=["u1"], catalog=Catalog(datasets.Dataset.from_dict({"item_id": shorter.ids}), shorter))
+
+
+def test_a_stranger_is_what_a_list_of_items_says(model, train):
+    """Scored from scratch: the history tower over the content of these items, and the biases."""
+    table = FeatureTable({"a": np.random.default_rng(1).normal(size=(N_ITEMS, 5))}, np.ones((N_ITEMS, 1), bool))
+    torch.manual_seed(0)
+    reader = TwoStage(train, features=table, dim=8)
+    took = ["i2", "i7"]
+    found = recommend(reader, users="stranger", history=took, k=N_ITEMS).frame
+    assert (found["basis"] == "history").all() and len(found) == N_ITEMS - 2 and not found["item_id"].isin(took).any()
+    rows = np.isin(np.arange(N_ITEMS), [2, 7])
+    scores = (reader.users_from(rows[None]) @ reader.embed()[1].T)[0]
+    expected = [f"i{n}" for n in (-scores).argsort().tolist() if n not in (2, 7)]
+    assert found["item_id"].tolist() == expected
+    other = recommend(reader, users="stranger", history=["i1"], k=3).frame
+    assert other["item_id"].tolist() != expected[:3]
+    with pytest.raises(DataError, match="cannot read a user from events alone"):
+        recommend(model, users="stranger", history=took)
+    with pytest.raises(DataError, match=r"history=, .*'i99'"):
+        recommend(reader, users="stranger", history=["i99"])
+    with pytest.raises(DataError, match="one user"):
+        recommend(reader, users=["a", "b"], history=took)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmllmrec.data.interactions import DataError
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, IdMap
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.backbone import PAD, READ, SOFT, place, unit
 from mmllmrec.features.prompts import load_prompt
@@ -285,6 +286,30 @@ def test_sound_and_sensors_come_through_the_same_door(preset):
         moved = (whole - model.with_catalog(catalog.without(m)).embed()[1]).abs().amax(1) > 1e-6
         assert moved.tolist() == catalog.present(m).tolist(), m
     assert dead_after_a_step(model) == []
+
+
+def test_new_items_are_read_as_old_ones_without_an_event(preset):
+    """A model that meets two items after training scores as one that was built with them, weights put in by hand."""
+    train, catalog = sensing_world()
+    late = Catalog(catalog.dataset.select([0, 3]), IdMap(["i0", "i3"]), features={"taste": np.ones((2, 6))})
+    rows = late.dataset.remove_columns("item_id").add_column("item_id", ["n0", "n1"])
+    late = Catalog(rows, IdMap(["n0", "n1"]), features={"taste": catalog.features["taste"][[0, 3]]})
+    seed_everything(5)
+    model = Unified.from_preset(preset, data=train, catalog=catalog, dim=16)
+    wake(model)
+    with torch.no_grad():
+        model.bias.normal_()
+        model.absent_bias.fill_(0.3)
+    grown = model.add_items(late)
+    assert grown.train_data.item_ids.ids[-2:] == ["n0", "n1"] and model.n_items == 11
+    users = np.arange(7)
+    torch.testing.assert_close(grown.score(users)[:, :11], model.score(users), atol=1e-5, rtol=0)
+    q = grown.embed()[1]
+    content = unit(model.content(torch.tensor([0, 3])).fused)
+    torch.testing.assert_close(q[11:, :-1], content, atol=1e-5, rtol=0)
+    torch.testing.assert_close(q[11:, -1], torch.full((2,), 0.3 + model.cold_offset))
+    with pytest.raises(DataError, match="'i0' appears twice"):
+        model.add_items(catalog)
 
 
 @pytest.mark.parametrize("paths", [("early",), ("image", "text"), ("text",)])

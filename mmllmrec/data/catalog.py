@@ -215,6 +215,26 @@ class Catalog:
         parts += [self.signal(m) for m in self.modalities if m not in ("image", "text")]
         return content_hash(*parts)
 
+    def joined(self, other: Catalog) -> Catalog:
+        """The items of this catalogue and, after them, those of another one that shares none.
+
+        A raw modality that only one of them has is absent in the other's items. Raises ``DataError`` for a shared item
+        id, and for tables of features that only one has or that are of other widths.
+        """
+        widths = [{m: t.shape[1] for m, t in c.features.items()} for c in (self, other)]
+        if widths[0] != widths[1]:
+            raise DataError(f"catalogues with features {widths[0]} and {widths[1]} cannot be joined")
+        rows = datasets.concatenate_datasets([self.dataset, other.dataset])
+        ids = IdMap([*self.item_ids.ids, *other.item_ids.ids], what="item id")
+        features = {m: np.concatenate([t, other.features[m]]) for m, t in self.features.items()}
+        absent = {
+            m: ~np.concatenate([self.present(m), other.present(m)]) for m in (*self.modalities, *other.modalities)
+        }
+        found = Catalog(rows, ids, features=features, absent=absent, name=self.name)
+        if self._rows or other._rows or self._noise or other._noise:
+            raise DataError("a shuffled or randomised catalogue cannot be joined: join first, then shuffle")
+        return found
+
     # -- controls ---------------------------------------------------------------------------------------------------
 
     def _copy(self) -> Catalog:

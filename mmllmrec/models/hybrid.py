@@ -213,6 +213,30 @@ class Hybrid(Recommender):
         other.history = history
         return other
 
+    def users_from(self, histories: np.ndarray) -> Tensor:
+        """Vectors of users that are nothing but these events, (B, I) bool -> (B, D + 1), as ``embed`` gives users."""
+        with self.evaluating():
+            h = self._told(self.all_content(), np.asarray(histories, dtype=bool))
+            return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+
+    def _grown(self, train: Interactions) -> Self:
+        """A copy that shares every weight, with rows for further items whose IDs are absent."""
+        other = copy.copy(self)
+        other._modules, other._parameters = dict(self._modules), dict(self._parameters)
+        other._buffers = dict(self._buffers)
+        other.train_data, other.n_items, other.history = train, train.n_items, None
+        more = train.n_items - self.n_items
+
+        def padded(x: Tensor) -> Tensor:
+            return torch.cat([x.detach(), x.new_zeros(more, *x.shape[1:])])
+
+        other.item_ids = nn.Embedding.from_pretrained(padded(self.item_ids.weight), freeze=False)
+        other.bias = nn.Parameter(padded(self.bias))
+        other.bank, other.item_present = padded(self.bank), padded(self.item_present)
+        if self.graph is not None:
+            other.graph = LightGraph(train, layers=self.graph.layers)
+        return other
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -54,8 +54,8 @@ class TwoStage(ReadsFeatures, Hybrid):
         self.gate = FUSIONS[fusion](dim, len(paths))
 
     def content(self, index: Tensor) -> Content:
-        here = torch.from_numpy(self.features.presence).to(index.device)[index]
         rows = self.described[index]
+        here = rows[:, self.width :] > 0.5
         present = {EARLY: here.any(dim=1)} | {m: here[:, n] for n, m in enumerate(self.features.modalities)}
         vectors, start = {EARLY: self.early(rows)}, 0
         for m, width in self.features.widths.items():

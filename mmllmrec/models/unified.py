@@ -238,6 +238,19 @@ class Unified(Hybrid):
         other._read(catalog)
         return other
 
+    def add_items(self, catalog: Catalog) -> Unified:
+        """This model with the items of another catalogue after its own: a forward pass reads them, nothing is trained.
+
+        Their IDs are absent, as those of all items without a training event are. The weights are shared; ids of users
+        and of old items stay where they are. Raises ``DataError`` for an item id that is there already and for tables
+        of features of other widths.
+        """
+        joined, old = self.catalog.joined(catalog), self.train_data
+        other = self._grown(Interactions(old.users, old.items, old.times, old.user_ids, joined.item_ids))
+        other.catalog = joined
+        other._read(joined)
+        return other
+
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """IDs and biases at 20 lr, heads at lr, LoRA at lr: three groups, for three rates."""
         ids, rest = super().parameter_groups(lr)

@@ -94,7 +94,7 @@ def recommend(
     k: int = 10,
     catalog: Catalog | None = None,
     exclude_seen: bool = True,
-    history: Interactions | None = None,
+    history: Interactions | Sequence[Any] | None = None,
     among: Sequence[Any] | None = None,
     exclude: Sequence[Any] = (),
     unknown: str = "popular",
@@ -104,8 +104,9 @@ def recommend(
     ``model`` is a ``Run``, a ``Recommender`` or the folder ``save_pretrained`` wrote (content models then need
     ``catalog``). ``catalog`` gives titles and pictures; by default the model's own. Items a user has taken in training
     (and in ``history``) are left out unless ``exclude_seen=False``; ``history`` also replaces the training events in
-    models that take one (``with_history``). ``among`` limits the candidates, ``exclude`` removes some. Items without a
-    training event are candidates only of models with ``supports_cold_items``.
+    models that take one (``with_history``). A list of item ids as ``history`` is what one user took, known or not: a
+    model with ``users_from`` scores from these events alone. ``among`` limits the candidates, ``exclude`` removes some.
+    Items without a training event are candidates only of models with ``supports_cold_items``.
 
     A user whose ID is absent gets the most popular items and says so in the column ``basis``: one the model has never
     heard of, and one without an event in models without ``supports_cold_users``. ``unknown="error"`` refuses the
@@ -121,6 +122,9 @@ def recommend(
     catalog = catalog if catalog is not None else getattr(model, "catalog", None)
     if catalog is not None and catalog.item_ids != train.item_ids:
         raise DataError("the catalogue's items are not those the model was trained on: pass the training catalogue")
+    told = None
+    if history is not None and not isinstance(history, Interactions):
+        told, history = _told(model, history, users), None
     if history is not None and (history.user_ids, history.item_ids) != (train.user_ids, train.item_ids):
         raise DataError("history has other id maps than the training events: build it with user_ids= and item_ids=")
     wanted = list(dict.fromkeys([users] if isinstance(users, str) else [str(u) for u in users]))
@@ -135,9 +139,12 @@ def recommend(
     place = np.full(len(wanted), -1)
     place[known] = index
     scored = known & ((counts[place] > 0) | model.supports_cold_users)
+    scored |= told is not None
 
     scores = torch.from_numpy(train.item_counts).float().expand(len(wanted), -1).clone()
-    if scored.any():
+    if told is not None:
+        scores[:] = (model.users_from(told[None]) @ model.embed()[1].T).float().cpu()
+    elif scored.any():
         scores[torch.from_numpy(scored)] = model.score(place[scored]).detach().float().cpu()
         if not model.supports_cold_items:
             untaught = torch.from_numpy(train.item_counts == 0)
@@ -147,6 +154,8 @@ def recommend(
         seen = train.csr if history is None else (train.csr + history.csr).tocsr()
         row, column = seen[index].nonzero()
         scores[torch.from_numpy(np.flatnonzero(known)[row]), torch.from_numpy(column)] = -torch.inf
+        if told is not None:
+            scores[:, torch.from_numpy(told)] = -torch.inf
     best, items = scores.sort(dim=1, descending=True, stable=True)
     titles = train.item_ids.ids if catalog is None else catalog.titles
     rows = [
@@ -156,6 +165,23 @@ def recommend(
         if s > -torch.inf
     ]
     return Recommendations(pd.DataFrame(rows, columns=COLUMNS), catalog)
+
+
+def _told(model: Any, history: Sequence[Any], users: str | Sequence[Any]) -> np.ndarray:
+    """A list of item ids as a row of events, (I,) bool."""
+    if not hasattr(model, "users_from"):
+        raise DataError(
+            f"history=[...]: {model.name} cannot read a user from events alone; Unified and TwoStage can, others take "
+            "an Interactions"
+        )
+    if isinstance(history, str) or (not isinstance(users, str) and len(users) != 1):
+        raise DataError("history=[...]: a list of item ids, and one user")
+    row = np.zeros(model.n_items, dtype=bool)
+    try:
+        row[model.train_data.item_ids.index(list(history))] = True
+    except DataError as error:
+        raise DataError(f"history=, {error}") from None
+    return row
 
 
 def _recommender(model: Any, catalog: Catalog | None) -> Any:

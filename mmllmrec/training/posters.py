@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -115,7 +114,7 @@ def pretrain(
     aside = torch.from_numpy(set_aside(len(catalog), recipe.aside, seed=seed))
     if more is not None:
         others = np.array([i not in split.catalog.item_ids for i in more.item_ids.ids])
-        catalog = joined(catalog, with_both(more, others))
+        catalog = catalog.joined(with_both(more, others))
     tongue = load_language(language)
     same = {**asdict(recipe), "seed": seed, "films": catalog.hash, "language": tongue.hash, "split": split.hash}
     films = _films(working, catalog, tongue, recipe, key=content_hash(same))
@@ -218,12 +217,6 @@ def set_aside(n: int, share: float, *, seed: int) -> np.ndarray:
     mask = np.zeros(n, dtype=bool)
     mask[generator(seed, "aside").permutation(n)[:held]] = True
     return mask
-
-
-def joined(a: Catalog, b: Catalog) -> Catalog:
-    """The items of two catalogues that share none, one after the other."""
-    rows = datasets.concatenate_datasets([a.dataset, b.dataset])
-    return Catalog(rows, IdMap([*a.item_ids.ids, *b.item_ids.ids], what="item id"), name=a.name)
 
 
 def _films(working: Path, catalog: Catalog, language: Language, recipe: Recipe, *, key: str) -> Films:
@@ -394,7 +387,7 @@ def measure(folder: Path, split: Split) -> RunCard:
     seed = int(card.seed or 0)
     tower, nano = load_vision(str(folder)), load_vision(str(shipped("adapters/nano-base") / "clip"))
     cold, warm = (with_both(split.catalog, mask) for mask in (~split.warm_items, split.warm_items))
-    both = joined(warm, cold)
+    both = warm.joined(cold)
     test = np.arange(len(both)) >= len(warm)
     seen = look(tower.model, torch.from_numpy(both.pixels(tower.size).copy()))
     words = read(load_language(card.settings["language"]), cold)
