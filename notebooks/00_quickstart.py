@@ -68,9 +68,9 @@ split
 
 # %% [markdown]
 # ## Two models
-# **LightGCN** knows who took what. **Unified** reads pixels and words through a small CLIP and a small language model;
-# LoRA adapters on both, the heads and the IDs train together on the interactions. Batches hold whole items, so that
-# the backbone reads each item once an epoch.
+# **LightGCN** knows who took what. **Unified** reads pixels and words through a small CLIP and a small language model,
+# and sound and scent through small encoders of their own; LoRA adapters on both towers, the heads and the IDs train
+# together on the interactions. Batches hold whole items, so that the backbone reads each item once an epoch.
 
 # %%
 lightgcn = mm.models.LightGCN(split.train, dim=64)
