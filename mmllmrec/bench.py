@@ -89,8 +89,8 @@ def settings_of(model: Any) -> dict[str, Any]:
 
 
 def entry(name: str, *, preset: str = "nano", **unified: Any) -> Entry:
-    """A system under its own defaults; ``"LightGCN (softmax)"`` is a baseline under the unified model's loss. ``preset``
-    and ``unified`` are Unified's alone."""
+    """A system under its own defaults; ``"LightGCN (softmax)"`` is a baseline under the unified model's loss.
+    ``preset`` and ``unified`` are Unified's alone."""
     from mmllmrec import models
 
     base, _, loss = name.partition(" (")
