@@ -64,13 +64,9 @@ def _show(frame: Any, title: str = "") -> None:
 
 def _split(data: str, path: Path | None, kind: str, seed: int, **reading: Any) -> Any:
     from mmllmrec.data.dataset import load_dataset
-    from mmllmrec.data.interactions import DataError
-    from mmllmrec.data.splits import SPLITS
+    from mmllmrec.data.splits import by_name
 
-    if kind not in SPLITS:
-        raise DataError(f"unknown split {kind!r}; splits are {sorted(SPLITS)}")
-    options = {} if kind in ("given", "temporal") else {"seed": seed}
-    return SPLITS[kind](load_dataset(data, path, **reading), **options)
+    return by_name(kind, load_dataset(data, path, **reading), seed=seed)
 
 
 # -- notebooks -------------------------------------------------------------------------------------------------------

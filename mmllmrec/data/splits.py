@@ -240,3 +240,10 @@ def _hold_out(
 SPLITS: dict[str, Callable[..., Split]] = {
     f.__name__: f for f in (random_per_user, leave_last, temporal, cold_items, cold_users, given)
 }
+
+
+def by_name(kind: str, data: RecDataset, *, seed: int) -> Split:
+    """A split of that name with its own defaults; ``seed`` goes to those that draw. Raises ``DataError`` for others."""
+    if kind not in SPLITS:
+        raise DataError(f"unknown split {kind!r}; splits are {sorted(SPLITS)}")
+    return SPLITS[kind](data, **({} if kind in ("given", "temporal") else {"seed": seed}))

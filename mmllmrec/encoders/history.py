@@ -30,6 +30,17 @@ class Moments:
         centred = items - mean
         return cls(mean, centred.T @ centred / max(len(items), 1))
 
+    @property
+    def variance(self) -> Tensor:
+        """tr(C) / D, and never quite 0, ()."""
+        return self.covariance.diagonal().mean() + 1e-8
+
+    def discriminant(self, difference: Tensor, ridge: Tensor | float) -> Tensor:
+        """(C + ridge tr(C)/D I)^-1 of differences of means, (B, D) -> (B, D)."""
+        identity = torch.eye(len(self.mean), device=difference.device)
+        found: Tensor = torch.linalg.solve(self.covariance + ridge * self.variance * identity, difference.T).T
+        return found
+
 
 class HistoryEncoder(nn.Module):
     """Events to a user: tokens (B, L, D), present (B, L) bool, sums (B, D), counts (B,) -> (B, D).
@@ -62,12 +73,9 @@ class HistoryEncoder(nn.Module):
 
     def discriminant(self, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
         """The closed form alone, (B, D)."""
-        size, spread = len(moments.mean), moments.covariance.diagonal().mean() + 1e-8
         ridge, shrink, gain = (x.float().exp() for x in (self.log_ridge, self.log_shrink, self.log_gain))
-        matrix = moments.covariance + ridge * spread * torch.eye(size, device=sums.device)
         mean = (sums - counts[:, None] * moments.mean) / (counts[:, None] + shrink)
-        found: Tensor = gain * torch.linalg.solve(matrix, mean.T).T
-        return found
+        return gain * moments.discriminant(mean, ridge)
 
     def forward(self, tokens: Tensor, present: Tensor, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
         if tokens.shape[:2] != present.shape or sums.shape != (len(tokens), tokens.shape[2]):
@@ -80,8 +88,8 @@ class HistoryEncoder(nn.Module):
             tokens = tokens.float()
             found = self.discriminant(sums.float(), counts.float(), moments)
             if len(self.layers):
-                spread = (moments.covariance.diagonal().mean() + 1e-8).sqrt()
-                x = ((tokens - moments.mean) / spread).masked_fill(~present[..., None], 0.0).to(self.query.dtype)
+                x = (tokens - moments.mean) / moments.variance.sqrt()
+                x = x.masked_fill(~present[..., None], 0.0).to(self.query.dtype)
                 x = torch.cat([self.query.expand(len(x), 1, -1), x], dim=1)
                 absent = F.pad(~present, (1, 0), value=False)
                 for layer in self.layers:

@@ -199,8 +199,7 @@ class Hybrid(Recommender):
         moments = Moments.of(p[self.user_count > 0])
         counts = torch.from_numpy(np.diff(events.indptr)[new]).float().to(q.device)[:, None]
         sums = torch.from_numpy(events[new].toarray()).float().to(q.device) @ p
-        ridge = moments.covariance.diagonal().mean() * torch.eye(p.shape[1], device=q.device)
-        said = torch.linalg.solve(moments.covariance + ridge, (sums / counts - moments.mean).T).T
+        said = moments.discriminant(sums / counts - moments.mean, 1.0)
         share = counts / (counts + 20.0)
         where = torch.from_numpy(new).to(q.device)
         return q.index_copy(0, where, (1 - share) * q[where] + share * said)

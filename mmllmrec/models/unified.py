@@ -63,7 +63,7 @@ class Unified(Hybrid):
     Content is ``encoders.Backbone``'s; score, IDs, users and losses are ``Hybrid``'s. Its modalities are those of the
     catalogue: ``image`` and ``text`` through the towers, raw ``audio`` and ``sensor`` through small encoders that are
     trained here, and a table of features through a perceptron. ``modalities`` limits them; ``paths`` and ``fusion`` say
-    what is fused and how (``Backbone``).
+    what is fused and how (``Backbone``). ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {
@@ -88,6 +88,7 @@ class Unified(Hybrid):
         paths: tuple[str, ...] | None = None,
         fusion: str = "concat",
         prompt: str = "item",
+        whiten: bool = True,
         **options: Any,
     ):
         preset = Preset(**preset) if isinstance(preset, dict) else preset
@@ -135,9 +136,10 @@ class Unified(Hybrid):
             self.backbone.read.data.copy_(state.pop("read"))
             self.backbone.resampler.load_state_dict(state)
         self._read(catalog)
-        warm = self.item_present.nonzero()[:, 0]
-        with self.evaluating():
-            self.backbone.fit_heads(self.items.take(block) for block in warm.split(256))
+        if whiten:
+            warm = self.item_present.nonzero()[:, 0]
+            with self.evaluating():
+                self.backbone.fit_heads(self.items.take(block) for block in warm.split(256))
 
     @classmethod
     def from_preset(
@@ -296,7 +298,7 @@ class Unified(Hybrid):
     def _restore(cls, folder: Path, train: Interactions, catalog: Catalog | None, about: dict[str, Any]) -> Unified:
         if catalog is None:
             raise DataError(f"{folder}: a Unified reads items' content; pass catalog=")
-        model = cls(train, catalog=catalog, **about["config"])
+        model = cls(train, catalog=catalog, whiten=False, **about["config"])
         base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
         if (base["base"], base["prompt"]["hash"]) != (model.base_hash, model.prompt.hash):
             raise DataError(f"{folder} was trained on other tower weights or another prompt than are installed here")

@@ -159,7 +159,7 @@ def _towers() -> list[str]:
 def _options() -> list[str]:
     """Keywords of ``Unified``, those it hands on to ``Hybrid`` and the trainer of ``from_preset`` included."""
     found = [*inspect.signature(Unified.__init__).parameters, *inspect.signature(Hybrid.__init__).parameters, "trainer"]
-    ours = ("self", "train", "catalog", "preset", "options", "config")
+    ours = ("self", "train", "catalog", "preset", "whiten", "options", "config")
     return [k for k in dict.fromkeys(found) if k not in ours]
 
 

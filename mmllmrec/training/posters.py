@@ -416,8 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> RunCard:
     asked = parser.parse_args(arguments)
     data = load_dataset("movielens-small", asked.path, bad_rows="drop")
     more = load_dataset("movielens-small", asked.path, bad_rows="drop", min_events=1).catalog if asked.more else None
-    options = {} if asked.split in ("given", "temporal") else {"seed": asked.seed}
-    split = splits.SPLITS[asked.split](data, **options)
+    split = splits.by_name(asked.split, data, seed=asked.seed)
     card = pretrain(asked.folder, split, more=more, seed=asked.seed)
     # where it was written and read says nothing of how it was made
     made = f"python -m mmllmrec.training.posters FOLDER --split {asked.split} --seed {asked.seed}"
