@@ -358,3 +358,19 @@ def test_minilm_is_a_real_language_model_and_trains_in_its_upper_layers():
     reached = {n.split("layer.")[1][0] for n, p in lora(model).items() if "language" in n and p.grad is not None}
     assert reached == {"5"}
     assert model.backbone.resampler.queries.grad.abs().sum() > 0  # the picture comes in above the frozen layers
+
+
+def test_each_group_has_its_own_learning_rate_and_keeps_it_when_saved(preset, tmp_path):
+    train, catalog = tiny_world()
+    model = Unified.from_preset(preset, data=train, catalog=catalog, dim=16, lr_ids=3.0, lr_lora=0.25)
+    folder = model.save_pretrained(tmp_path / "mine")
+    for one in (model, Unified.from_pretrained(folder, catalog=catalog)):
+        groups = {g["name"]: g for g in one.parameter_groups(0.1)}
+        assert {n: g["lr"] for n, g in groups.items()} == pytest.approx({"ids": 0.3, "heads": 0.1, "lora": 0.025})
+        assert {id(p) for p in groups["lora"]["params"]} == {id(p) for p in lora(one).values()}
+        assert {id(p) for p in groups["ids"]["params"]} == {
+            id(p) for p in (one.bias, one.user_ids.weight, one.item_ids.weight)
+        }
+    for wrong in ({"lr_ids": -1.0}, {"lr_lora": float("nan")}):
+        with pytest.raises(DataError, match=rf"{next(iter(wrong))}=.*a multiple of fit's lr"):
+            Unified.from_preset(preset, data=train, catalog=catalog, **wrong)

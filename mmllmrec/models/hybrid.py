@@ -46,6 +46,8 @@ class Hybrid(Recommender):
     modalities on heads of their own; ``collaborative_weight``: InfoNCE between content and the mean of the users who
     took the item (as in CLCRec, Wei et al. 2021).
 
+    ``lr_ids`` is the learning rate of IDs and biases, in multiples of the one that ``fit`` is given.
+
     Departures from a cosine over a temperature: users keep their length, which says how sure their taste is, and the
     prior bounds it. A subclass says what content is: ``content``.
     """
@@ -72,6 +74,7 @@ class Hybrid(Recommender):
         mix: float = 10.0,
         history_layers: int = 1,
         history_cut: float = 0.5,
+        lr_ids: float = 20.0,
         modality_weight: float = 0.0,
         cross_weight: float = 0.0,
         collaborative_weight: float = 0.0,
@@ -89,6 +92,7 @@ class Hybrid(Recommender):
             "mix": mix,
             "history_layers": history_layers,
             "history_cut": history_cut,
+            "lr_ids": lr_ids,
             "modality_weight": modality_weight,
             "cross_weight": cross_weight,
             "collaborative_weight": collaborative_weight,
@@ -96,6 +100,8 @@ class Hybrid(Recommender):
         super().__init__(train, **shared, **config)
         if not 0 <= id_dropout <= 1:
             raise DataError(f"id_dropout={id_dropout}: a chance, between 0 and 1")
+        check_rate("lr_ids", lr_ids)
+        self.lr_ids = lr_ids
         self.id_dropout, self.cold_offset, self.mix = id_dropout, cold_offset, mix
         self.history_cut = history_cut
         self.reg = {"user": reg_user, "item": reg_item, "bias": reg_bias}
@@ -124,12 +130,13 @@ class Hybrid(Recommender):
         """Content of some items, (C,) int64; ``fused`` need not have unit length."""
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """IDs and biases at 20 lr (a row gets few gradients) without decay (they have a prior); the rest at lr."""
+        """``ids``: IDs and biases, at ``lr_ids`` lr (a row gets few gradients) without decay (they have a prior); and
+        ``heads``: the rest, at lr."""
         ids = [self.item_ids.weight, self.user_ids.weight, self.bias]
         known = {id(p) for p in ids}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
         return [
-            {"params": ids, "lr": 20 * lr, "weight_decay": 0.0, "name": "ids"},
+            {"params": ids, "lr": self.lr_ids * lr, "weight_decay": 0.0, "name": "ids"},
             {"params": rest, "lr": lr, "name": "heads"},
         ]
 
@@ -356,3 +363,9 @@ class Hybrid(Recommender):
     def weights(self) -> dict[str, Tensor]:
         """Everything but the bank, which only training reads."""
         return {k: v for k, v in super().weights().items() if k != "bank"}
+
+
+def check_rate(name: str, value: float) -> None:
+    """Raise ``DataError`` unless ``value`` can multiply a learning rate."""
+    if not 0 <= value < float("inf"):
+        raise DataError(f"{name}={value}: a multiple of fit's lr, 0 or more")

@@ -24,7 +24,7 @@ from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.sensor import SensorEncoder
 from mmllmrec.features.towers import load_language, load_vision
 from mmllmrec.models.base import read_tensors
-from mmllmrec.models.hybrid import Hybrid
+from mmllmrec.models.hybrid import Hybrid, check_rate
 from mmllmrec.runcard import content_hash
 from mmllmrec.shipped import shipped
 
@@ -63,7 +63,8 @@ class Unified(Hybrid):
     Content is ``encoders.Backbone``'s; score, IDs, users and losses are ``Hybrid``'s. Its modalities are those of the
     catalogue: ``image`` and ``text`` through the towers, raw ``audio`` and ``sensor`` through small encoders that are
     trained here, and a table of features through a perceptron. ``modalities`` limits them; ``paths`` and ``fusion`` say
-    what is fused and how (``Backbone``). ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
+    what is fused and how (``Backbone``). ``lr_lora`` is the adapters' learning rate, in multiples of the one
+    that ``fit`` is given. ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {
@@ -88,6 +89,7 @@ class Unified(Hybrid):
         paths: tuple[str, ...] | None = None,
         fusion: str = "concat",
         prompt: str = "item",
+        lr_lora: float = 1.0,
         whiten: bool = True,
         **options: Any,
     ):
@@ -108,9 +110,12 @@ class Unified(Hybrid):
             modalities=None if modalities is None else list(reads),
             fusion=fusion,
             prompt=prompt,
+            lr_lora=lr_lora,
             **options,
         )
         self.config["paths"] = list(paths)
+        check_rate("lr_lora", lr_lora)
+        self.lr_lora = lr_lora
         if catalog.item_ids != train.item_ids:
             raise DataError("Unified: the catalogue's item ids are not those of the training events")
         nano = shipped("adapters/nano-base") if "nano" in (preset.vision, preset.language) else Path()
@@ -254,13 +259,13 @@ class Unified(Hybrid):
         return other
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """IDs and biases at 20 lr, heads at lr, LoRA at lr: three groups, for three rates."""
+        """``ids``: IDs and biases, at ``lr_ids`` lr; ``heads``: what is no tower, at lr; ``lora``, at ``lr_lora`` lr."""
         ids, rest = super().parameter_groups(lr)
         towers = (self.backbone.vision, self.backbone.language)
         lora = {id(p) for t in towers for p in t.parameters() if p.requires_grad}
         heads = [p for p in rest["params"] if id(p) not in lora]
         adapted = [p for p in rest["params"] if id(p) in lora]
-        groups = [ids, {"params": heads, "lr": lr, "name": "heads"}, {"params": adapted, "lr": lr, "name": "lora"}]
+        groups = [ids, {"params": heads, "lr": lr, "name": "heads"}, {"params": adapted, "lr": self.lr_lora * lr, "name": "lora"}]
         return [g for g in groups if g["params"]]
 
     def content(self, index: Tensor) -> Content:

@@ -39,7 +39,7 @@ LAUNCHERS = ("cpu2", "bf16", "fsdp")
 def default() -> dict[str, Any]:
     """A config with every section, the model's and fit's defaults written out: what ``--init`` saves."""
     model = {"preset": "nano", "rank": PRESETS["nano"].rank, "trainer": "end_to_end"}
-    model |= _defaults(Hybrid, ("dim", "id_dropout"))
+    model |= _defaults(Hybrid, ("dim", "id_dropout", "lr_ids")) | _defaults(Unified, ("lr_lora",))
     split = {"kind": "cold_items", "options": _defaults(SPLITS["cold_items"], ("fraction", "seed"))}
     fit_section = {**Unified.fit_defaults, "chunk": None}
     return {**SECTIONS, "split": split, "model": model, "fit": fit_section, "seed": 0}
