@@ -166,3 +166,97 @@ def test_two_processes_reach_the_loss_of_one(tmp_path):
     assert (a["processes"], b["processes"]) == (1, 2)
     assert a["score"] == pytest.approx(b["score"], abs=1e-3)
     assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def staged(split, **options):
+    """BPR whose items are a group of their own, under a penalty on what is clipped and with decay."""
+    model = bpr(split)
+    model.parameter_groups = lambda lr: [
+        {"params": [model.users.weight], "lr": lr, "name": "users"},
+        {"params": [model.items.weight], "lr": 2 * lr, "name": "items"},
+    ]
+    asked = {"epochs": 4, "batch_size": 64, "lr": 0.05, "schedule": "cosine", "weight_decay": 0.1, "clip": 0.1}
+    return fit(model, split, progress=False, **asked | options)
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What every optimiser step found: the rate of each group, whether it had gradients, whether it had moments."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        seen.append(
+            [(g["lr"], g["params"][0].grad is not None, bool(self.state[g["params"][0]])) for g in self.param_groups]
+        )
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    return seen
+
+
+def test_a_staged_group_starts_when_its_share_is_over(split, steps):
+    start = bpr(split).items.weight.detach().clone()
+    at = []
+    run = staged(split, stages={"items": 0.5}, on_epoch=lambda row: at.append(len(steps)))
+    half = len(steps) // 2
+    rates = np.array([[group[0] for group in step] for step in steps])
+    assert (rates[:half, 1] == 0).all() and (rates[:, 0] > 0).all()
+    np.testing.assert_allclose(rates[half:, 1], 2 * rates[half:, 0])  # on with the schedule where it stands
+    assert [group[1] for group in (step[1] for step in steps)] == [n >= half for n in range(len(steps))]
+    assert not any(step[1][2] for step in steps[: half + 1]) and all(step[1][2] for step in steps[half + 1 :])
+    assert run.card.settings["stages"] == {"items": 0.5} and at[1] == half
+    kept = staged(split, stages={"items": 0.5}, on_epoch=lambda row: row["epoch"] == 1).model
+    assert torch.equal(kept.items.weight, start) and not torch.equal(kept.users.weight, bpr(split).users.weight)
+    assert not torch.equal(run.model.items.weight, start) or run.best_epoch < 2
+    assert all(p.requires_grad for p in run.model.parameters())
+
+
+def test_without_the_backward_of_what_waits_the_steps_are_the_same(split, monkeypatch):
+    loop = sys.modules[fit.__module__]
+    spared, kept = staged(split, stages={"items": 0.5}), loop.still
+    monkeypatch.setattr(loop, "still", lambda parameters: kept(()))
+    dropped = staged(split, stages={"items": 0.5})
+    assert dropped.card.model["weights"] == spared.card.model["weights"]
+    assert staged(split).card.model["weights"] != spared.card.model["weights"]
+
+
+def test_a_staged_run_goes_on_to_the_same_end(split, tmp_path):
+    """Cut off while the group still waits, and again when it has trained for an epoch."""
+    whole = staged(split, stages={"items": 0.5})
+
+    def cut_after(epoch):
+        def look(row):
+            if row["epoch"] == epoch + 1:
+                raise Cut
+
+        return look
+
+    for epoch in (0, 2):
+        with pytest.raises(Cut):
+            staged(split, stages={"items": 0.5}, folder=tmp_path, on_epoch=cut_after(epoch))
+    with pytest.raises(DataError, match="other stages"):
+        staged(split, folder=tmp_path)
+    again = staged(split, stages={"items": 0.5}, folder=tmp_path)
+    assert again.card.model["weights"] == whole.card.model["weights"]
+    assert again.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ({"lora": 0.5}, r"no parameter group 'lora'; its groups are \['users', 'items'\]"),
+        ({"items": 1.0}, r"stages\['items'\]=1.0: a share"),
+        ({"items": -0.1}, "a share of the epochs"),
+        ({"items": "half"}, "a share of the epochs"),
+        ({"items": 0.5, "users": 0.1}, "nothing would train at first"),
+    ],
+)
+def test_stages_that_cannot_be(split, stages, says):
+    with pytest.raises(DataError, match=says):
+        staged(split, stages=stages)
+    with pytest.raises(DataError, match="EASE has no parameter group"):
+        fit(EASE(split.train), split, stages={"all": 0.5})

@@ -169,8 +169,9 @@ def train(towers, out, *, start=(), kind="blocks", chunk=0, how=(), precision="n
 
 @pytest.fixture(scope="module")
 def alone(towers, tmp_path_factory):
-    """One process, blocks and events."""
-    return {kind: train(towers, tmp_path_factory.mktemp("alone") / kind, kind=kind) for kind in ("blocks", "events")}
+    """One process: blocks, events, and blocks with adapters that wait."""
+    asked = {"blocks": {}, "events": {"kind": "events"}, "staged": {"how": ("staged",)}}
+    return {name: train(towers, tmp_path_factory.mktemp("alone") / name, **o) for name, o in asked.items()}
 
 
 @pytest.mark.slow
@@ -183,10 +184,12 @@ def alone(towers, tmp_path_factory):
         ("blocks", 0, ("resumed",)),
         ("blocks", 0, ("sharded",)),
         ("blocks", 0, ("sharded", "resumed")),
+        ("blocks", 2, ("staged", "resumed")),
+        ("blocks", 0, ("staged", "sharded")),
     ],
 )
 def test_two_processes_take_the_steps_of_one(alone, towers, tmp_path, kind, chunk, how):
-    one, a = alone[kind]
+    one, a = alone["staged" if "staged" in how else kind]
     two, b = train(towers, tmp_path / "two", start=TORCHRUN, kind=kind, chunk=chunk, how=how)
     assert (one["processes"], two["processes"]) == (1, 2) and (two["type"] == "FSDP") == ("sharded" in how)
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
@@ -202,3 +205,11 @@ def test_bf16_from_the_launcher_trains_and_the_graph_stays_in_fp32(alone, towers
     half, _ = train(towers, tmp_path / "half", start=TORCHRUN if how else (), how=how, precision="bf16")
     assert (whole["precision"], half["precision"]) == ("no", "bf16") and half["graph"] == ["torch.float32"]
     assert half["loss"] != whole["loss"] and half["loss"] == pytest.approx(whole["loss"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_adapters_that_wait_come_to_other_weights(alone):
+    """So that the agreement above says something."""
+    (_, at_once), (_, waited) = alone["blocks"], alone["staged"]
+    moved = [n for n in at_once if "lora_B" in n and not torch.allclose(at_once[n], waited[n], atol=1e-4)]
+    assert moved and all(bool(waited[n].any()) for n in moved)

@@ -41,7 +41,7 @@ def default() -> dict[str, Any]:
     model = {"preset": "nano", "rank": PRESETS["nano"].rank, "trainer": "end_to_end"}
     model |= _defaults(Hybrid, ("dim", "id_dropout", "lr_ids")) | _defaults(Unified, ("lr_lora",))
     split = {"kind": "cold_items", "options": _defaults(SPLITS["cold_items"], ("fraction", "seed"))}
-    fit_section = {**Unified.fit_defaults, "chunk": None}
+    fit_section = {**Unified.fit_defaults, "chunk": None, "stages": {}}
     return {**SECTIONS, "split": split, "model": model, "fit": fit_section, "seed": 0}
 
 

@@ -9,7 +9,8 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def fit(
     schedule: str = "constant",
     warmup: float = 0.0,
     clip: float | None = None,
+    stages: Mapping[str, float] | None = None,
     monitor: str = "ndcg@20",
     patience: int | None = None,
     eval_every: int = 1,
@@ -93,7 +95,10 @@ def fit(
     """Train a model on ``split.train``, choose its best epoch on ``split.valid``, and return it with those weights.
 
     AdamW over ``model.parameter_groups(lr)``; ``schedule`` is ``"constant"`` or ``"cosine"`` (to zero), after a linear
-    ``warmup`` (share of all steps); ``clip`` bounds the gradient's norm. Every ``eval_every`` epochs ``monitor`` is
+    ``warmup`` (share of all steps); ``clip`` bounds the gradient's norm. ``stages`` {group: share} lets a named group of
+    ``parameter_groups`` start only when that share of all steps is over, with the rate the schedule then has: until then
+    its rate is 0, and it has neither gradients nor moments (``{"lora": 0.25}``: heads and IDs settle on the towers as
+    they are, so that no adapter learns from heads that know nothing). Every ``eval_every`` epochs ``monitor`` is
     measured at full precision; ``patience`` is how many measurements without a better one end the run.
     ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
     items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
@@ -106,7 +111,8 @@ def fit(
     in the precision that the launcher asks for, whole in each or sharded (FSDP2); validation is in float32.
 
     Raises ``DivergedError`` when a loss term is not finite, ``DataError`` when ``folder`` holds a checkpoint of other
-    settings, and for ``item_batch`` with a model that samples negatives.
+    settings, for ``item_batch`` with a model that samples negatives, and for ``stages`` of a group that the model does
+    not have, of a share outside [0, 1), or of every group, so that nothing would train at first.
     """
     if item_batch is not None and (item_batch < 2 or model.negatives):
         raise DataError(
@@ -114,6 +120,7 @@ def fit(
         )
     if schedule not in ("constant", "cosine"):
         raise DataError(f"schedule={schedule!r}: use 'constant' or 'cosine'")
+    starts = _starts(model, stages)
     began = time.perf_counter()
     settings = {
         "epochs": epochs,
@@ -124,6 +131,7 @@ def fit(
         "schedule": schedule,
         "warmup": warmup,
         "clip": clip,
+        "stages": starts,
         "monitor": monitor,
         "patience": patience,
         "eval_every": eval_every,
@@ -181,13 +189,16 @@ def fit(
     learner = copy.deepcopy(model) if sharded else model
     for p in learner.parameters() if sharded else ():
         p.data = torch.atleast_1d(p.data)  # nor does it take scalars
-    groups = [{k: v for k, v in g.items() if k != "name"} for g in learner.parameter_groups(lr)]
+    named = learner.parameter_groups(lr)
+    groups = [{k: v for k, v in g.items() if k != "name"} for g in named]
+    first = [starts.get(g["name"], 0.0) * total for g in named]  # the step at which a group starts
     inner = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=not sharded)
     loss_of, optimiser = accelerator.prepare(_Loss(learner), inner)
     checkpoint.set_moments(inner, moments)
     base = [group["lr"] for group in inner.param_groups]
     if log_with is not None:
-        accelerator.init_trackers("mmllmrec", config={k: v for k, v in settings.items() if v is not None})
+        plain = {k: str(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None}
+        accelerator.init_trackers("mmllmrec", config=plain)
     bar = tqdm(
         total=total,
         initial=state["epoch"] * steps_an_epoch + state["step"],
@@ -230,20 +241,27 @@ def fit(
         for position, batch in enumerate(batches):
             if position < state["step"]:
                 continue
-            for group, full in zip(inner.param_groups, base, strict=True):
-                group["lr"] = full * factor(number * steps_an_epoch + position, total, schedule, warmup)
+            now = number * steps_an_epoch + position
+            waiting: list[nn.Parameter] = []
+            for group, full, start in zip(inner.param_groups, base, first, strict=True):
+                group["lr"] = full * factor(now, total, schedule, warmup) if now >= start else 0.0
+                waiting += group["params"] if now < start else []
             # what a model draws (dropout) depends on the step and the process, so a resumed run draws the same in each
             torch.manual_seed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
             held = len(range(rank, len(batch), world))
             share = replace(batch.share(rank, world), chunk=chunk).to(accelerator.device)
-            with accelerator.autocast():  # FSDP narrows weights to bf16, and not what meets them
-                terms = loss_of(share)
-            loss = torch.stack(list(terms.values())).sum()
-            if not bool(torch.isfinite(loss)):
-                raise DivergedError(_diverged(terms, number))
-            optimiser.zero_grad(set_to_none=True)
-            # shares of the last batch can differ in size; each counts by its number of positives
-            accelerator.backward(loss * (held * world / len(batch)))
+            # data-parallel hooks count on the gradients they were built for; one process can do without the backward
+            with still(waiting if world == 1 and not sharded else ()):
+                with accelerator.autocast():  # FSDP narrows weights to bf16, and not what meets them
+                    terms = loss_of(share)
+                loss = torch.stack(list(terms.values())).sum()
+                if not bool(torch.isfinite(loss)):
+                    raise DivergedError(_diverged(terms, number))
+                optimiser.zero_grad(set_to_none=True)
+                # shares of the last batch can differ in size; each counts by its number of positives
+                accelerator.backward(loss * (held * world / len(batch)))
+            for p in waiting:  # AdamW passes over what has no gradient: neither moments nor decay
+                p.grad = None
             if clip is not None:
                 accelerator.clip_grad_norm_(loss_of.parameters(), clip)
             optimiser.step()
@@ -303,6 +321,33 @@ def factor(step: int, total: int, schedule: str, warmup: float) -> float:
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(total - first, 1)))
+
+
+@contextmanager
+def still(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters without gradients inside, with them after: a checkpoint is to know them as trainable."""
+    chosen = list(parameters)
+    for p in chosen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in chosen:
+            p.requires_grad_(True)
+
+
+def _starts(model: Recommender, stages: Mapping[str, float] | None) -> dict[str, float]:
+    """The share of all steps after which each staged group trains."""
+    known = [str(g["name"]) for g in model.parameter_groups(1.0)] if model.trainable else []
+    for name, share in (stages or {}).items():
+        if name not in known:
+            raise DataError(f"stages: {model.name} has no parameter group {name!r}; its groups are {known}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise DataError(f"stages[{name!r}]={share!r}: a share of the epochs, from 0 to below 1")
+    starts = {name: float(share) for name, share in (stages or {}).items()}
+    if starts and all(starts.get(name) for name in known):
+        raise DataError(f"stages={starts}: nothing would train at first; let one of {known} start at 0")
+    return starts
 
 
 def _postfix(model: Recommender, batch: Batch, loss: Tensor, number: int, best: float, monitor: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Train a tiny unified model in however many processes there are; writes losses and weights. Arguments: the folder that
 holds the towers, blocks or events, chunk (0: none), where to write, and "sharded" for FSDP2, "resumed" to be cut off
-after an epoch and go on."""
+after an epoch and go on, "staged" for adapters that start in mid-epoch."""
 
 import json
 import os
@@ -29,7 +29,7 @@ towers, kind, chunk, out, *how = sys.argv[1:]
 class Steady(Unified):
     def parameter_groups(self, lr):
         # Adam divides by the gradient's size, so its first steps magnify rounding where a gradient is nearly zero
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "name": "all", "eps": 1e-3}]
+        return [{**group, "lr": lr, "eps": 1e-3} for group in super().parameter_groups(lr)]
 
 
 def shard():
@@ -58,6 +58,7 @@ def run(**options):
     seed_everything(5)
     model = Steady.from_preset(preset, data=split.train, catalog=catalog, dim=16, **drawn_apart, graph_layers=1)
     model.graph.propagation.register_forward_hook(lambda module, given, out: seen.add(str(out.dtype)))
+    options |= {"stages": {"lora": 0.25}} if "staged" in how else {}
     size = {"item_batch": 5} if kind == "blocks" else {"batch_size": 6}
     return fit(model, split, lr=0.01, clip=1.0, epochs=2, chunk=int(chunk) or None, progress=False, **size, **options)
 
