@@ -55,6 +55,10 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "ALDI, softmax": lambda train, catalog: models.ALDI(
         train, catalog=catalog, latents=a_stage(), dim=5, hidden=9, feature_dim=3, loss="softmax"
     ),
+    "TwoStage": lambda train, catalog: models.TwoStage(train, catalog=catalog, dim=8, feature_dim=3, id_dropout=0.5),
+    "TwoStage, frozen histories": lambda train, catalog: models.TwoStage(
+        train, catalog=catalog, dim=8, feature_dim=3, id_dropout=0.5, history="mean"
+    ),
     "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
     "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
 }

@@ -1,15 +1,17 @@
 """Content and IDs under one score: users as their histories say, what is absent, and what each term is."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
+from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, in_batch
 from mmllmrec.encoders.backbone import Head, unit
-from mmllmrec.encoders.history import HistoryEncoder, Moments
+from mmllmrec.encoders.history import HistoryEncoder, HistoryMean, Moments
 from mmllmrec.features.table import FeatureTable
-from mmllmrec.models import TwoStage
+from mmllmrec.models import Recommender, TwoStage
 from mmllmrec.seed import seed_everything
 from tests.towers import tiny_world
 
@@ -18,11 +20,7 @@ D = 5
 
 @pytest.fixture
 def model():
-    train, _ = tiny_world()
-    rng = np.random.default_rng(3)
-    tables = {"a": rng.normal(size=(11, 7)), "b": rng.normal(size=(11, 3))}
-    seed_everything(5)
-    made = TwoStage(train, features=FeatureTable(tables, rng.random((11, 2)) < 0.8), dim=16)
+    made = worlds_model()
     with torch.no_grad():
         made.history_tower.out.weight.normal_(std=0.3)
         made.user_ids.weight.normal_()
@@ -165,3 +163,60 @@ def test_the_whitening_of_a_head_is_fitted_once_and_does_not_train():
     covariance = white.T @ white / len(rows)
     torch.testing.assert_close(covariance, torch.diag(torch.tensor([1.0, 1, 1, 0])), atol=1e-2, rtol=0)
     assert not any(name in ("mean", "whiten") for name, _ in head.named_parameters())
+
+
+def worlds_model(**options):
+    train, _ = tiny_world()
+    rng = np.random.default_rng(3)
+    tables = {"a": rng.normal(size=(11, 7)), "b": rng.normal(size=(11, 3))}
+    seed_everything(5)
+    return TwoStage(train, features=FeatureTable(tables, rng.random((11, 2)) < 0.8), dim=16, **options)
+
+
+def test_the_frozen_history_is_a_scaled_mean():
+    model = worlds_model(history="mean", mix=1e9)
+    users = model.with_history(model.train_data.union(events_of(model, [(3, 1), (3, 4)]))).embed()[0][:, :-1]
+    model.eval()
+    with torch.no_grad():
+        content = unit(model.content(torch.arange(11)).fused)
+    torch.testing.assert_close(users[3], 16 / 2 * (content[1] + content[4]) / 2)
+    first = torch.from_numpy(model.train_data.csr[0].indices)
+    torch.testing.assert_close(users[0], 8 * content[first].mean(0), atol=1e-4, rtol=1e-4)
+    assert (model.embed()[0][3, :-1] == 0).all()  # without events
+
+
+def test_the_frozen_history_is_of_the_discriminants_size():
+    """Where content varies alike in all directions, the two differ by the shrinkage of the mean alone."""
+    rng = np.random.default_rng(0)
+    items = unit(torch.from_numpy(rng.normal(size=(20011, D))).float())
+    mean, fisher = HistoryMean(), HistoryEncoder(D, layers=0)
+    sums, counts = items[:2000].sum(0)[None] + 1500.0, torch.tensor([2000.0])
+    tokens, present = items[None, :1], torch.ones(1, 1, dtype=torch.bool)
+    a, b = (tower(tokens, present, sums, counts, Moments.of(items)) for tower in (mean, fisher))
+    torch.testing.assert_close(a, b.detach(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(("history", "learned"), [("transformer", None), ("discriminant", 3), ("mean", 0)])
+def test_histories_learn_what_they_have_and_come_back_from_a_folder(tmp_path, history, learned):
+    model = worlds_model(history=history)
+    batch = Batch(torch.tensor(model.train_data.users[::2]), torch.tensor(model.train_data.items[::2]))
+    terms = model.train().loss(batch)
+    assert ("history" in terms) == (history != "mean")
+    sum(terms.values()).backward()
+    own = [p for p in model.history_tower.parameters() if p.requires_grad]
+    assert learned is None or sum(p.numel() for p in own) == learned
+    model.save_pretrained(tmp_path / "mine")
+    features = model.features
+    rows = datasets.Dataset.from_dict({"item_id": model.train_data.item_ids.ids})
+    tables = {m: features.tables[m] for m in features.modalities}
+    catalog = Catalog(rows, model.train_data.item_ids, features=tables)
+    loaded = Recommender.from_pretrained(tmp_path / "mine", catalog=catalog)
+    assert loaded.config["history"] == history
+    torch.testing.assert_close(loaded.score(np.arange(7)), model.score(np.arange(7)), atol=0, rtol=0)
+
+
+def test_options_that_are_not_there_are_refused():
+    with pytest.raises(DataError, match="history='median': one of"):
+        worlds_model(history="median")
+    with pytest.raises(TypeError, match="TwoStage got an unexpected keyword argument 'history_layers'"):
+        worlds_model(history_layers=0)

@@ -5,8 +5,9 @@ Legend: B users, I items, L events of a history, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class HistoryEncoder(nn.Module):
     exactly zero. ``layers=0`` leaves the correction out. Raises ``DataError`` on other shapes.
     """
 
+    trains: ClassVar[bool] = True
+
     def __init__(self, dim: int, *, layers: int = 1, heads: int = 4, length: int = 32):
         super().__init__()
         self.length = length
@@ -96,3 +99,26 @@ class HistoryEncoder(nn.Module):
                     x = layer(x, src_key_padding_mask=absent)
                 found = found + self.out(x[:, 0]).float() * present.any(dim=1, keepdim=True)
             return found
+
+
+class HistoryMean(nn.Module):
+    """Events to a user without a learned number: D/2 times the mean of the items' content, zero without events.
+
+    The frozen baseline of ``HistoryEncoder``, called alike: sums (B, D), counts (B,) -> (B, D). D/2 is what the
+    discriminant multiplies by at its initial ridge where content of unit length varies alike in all directions
+    (C = I/D), so that scores are of its size; a mean without it would weigh next to nothing beside an item's bias.
+    """
+
+    trains: ClassVar[bool] = False
+    length = 1  # tokens are not read
+
+    def forward(self, tokens: Tensor, present: Tensor, sums: Tensor, counts: Tensor, moments: Moments) -> Tensor:
+        with torch.autocast(sums.device.type, enabled=False):
+            return sums.shape[1] / 2 * sums.float() / counts.float().clamp(min=1)[:, None]
+
+
+HISTORIES: dict[str, Callable[[int], HistoryEncoder | HistoryMean]] = {
+    "transformer": HistoryEncoder,
+    "discriminant": lambda dim: HistoryEncoder(dim, layers=0),
+    "mean": lambda dim: HistoryMean(),
+}

@@ -85,7 +85,8 @@ class ReadsFeatures(Recommender):
         saved = {k.removeprefix("features."): state.pop(k).numpy() for k in list(state) if k.startswith("features.")}
         features = FeatureTable.from_arrays(saved, modalities=about["modalities"])
         model = cls(train, features=features, **cls._given(state), **about["config"])  # type: ignore[call-arg]
-        model.load_state_dict(state)
+        own = model.state_dict()
+        model.load_state_dict({k: own[k] for k in own.keys() - model.weights().keys()} | state)  # not all is saved
         return model
 
     @classmethod

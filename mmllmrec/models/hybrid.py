@@ -6,6 +6,7 @@ Legend: B batch, C candidates (distinct items of a batch), U users, I items, L e
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -19,7 +20,7 @@ from mmllmrec.data.sampling import Batch, InBatch, in_batch
 from mmllmrec.encoders.backbone import EARLY, Content, unit
 from mmllmrec.encoders.gather import encode_pool
 from mmllmrec.encoders.graph import LightGraph
-from mmllmrec.encoders.history import HistoryEncoder, Moments
+from mmllmrec.encoders.history import HISTORIES, Moments
 from mmllmrec.models.base import Recommender
 from mmllmrec.models.vectors import check_ids
 
@@ -33,8 +34,10 @@ class Hybrid(Recommender):
     event, and dropped with probability ``id_dropout`` in training, so that content learns to stand alone. An absent
     bias is b_0, learned there, plus ``cold_offset``: how much more often a new item is taken than training can know.
     user: p_u = w_u id_u + (1 - w_u) h_u, w_u = n_u / (n_u + ``mix``) with n_u training events, 0 for a user whom
-    training has not seen; h_u is ``encoders.HistoryEncoder`` over the content of u's events. With ``graph_layers`` the
-    IDs are smoothed over the graph of training events (``encoders.LightGraph``).
+    training has not seen; h_u is what ``history`` makes of the content of u's events: ``"transformer"``
+    (``encoders.HistoryEncoder``), ``"discriminant"`` (its closed form alone, three learned numbers), or ``"mean"``
+    (``encoders.HistoryMean``: the frozen baseline, nothing learned and no loss term of its own). With ``graph_layers``
+    the IDs are smoothed over the graph of training events (``encoders.LightGraph``).
 
     loss ``softmax``: in-batch sampled softmax over the batch's distinct items, with the user's other training positives
     and copies of the positive masked, corrected by log(1 - (1 - p)^B) for batches of events; ``reg``: squared norms of
@@ -72,7 +75,7 @@ class Hybrid(Recommender):
         reg_bias: float = 0.002,
         graph_layers: int = 0,
         mix: float = 10.0,
-        history_layers: int = 1,
+        history: str = "transformer",
         history_cut: float = 0.5,
         lr_ids: float = 20.0,
         modality_weight: float = 0.0,
@@ -90,7 +93,7 @@ class Hybrid(Recommender):
             "reg_bias": reg_bias,
             "graph_layers": graph_layers,
             "mix": mix,
-            "history_layers": history_layers,
+            "history": history,
             "history_cut": history_cut,
             "lr_ids": lr_ids,
             "modality_weight": modality_weight,
@@ -100,6 +103,14 @@ class Hybrid(Recommender):
         super().__init__(train, **shared, **config)
         if not 0 <= id_dropout <= 1:
             raise DataError(f"id_dropout={id_dropout}: a chance, between 0 and 1")
+        if history not in HISTORIES:
+            raise DataError(f"history={history!r}: one of {list(HISTORIES)}")
+        known = {k for kind in type(self).__mro__ for k in inspect.signature(kind.__init__).parameters}
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}; {list(shared)} are known"
+            )
         check_rate("lr_ids", lr_ids)
         self.lr_ids = lr_ids
         self.id_dropout, self.cold_offset, self.mix = id_dropout, cold_offset, mix
@@ -113,7 +124,7 @@ class Hybrid(Recommender):
         self.bias = nn.Parameter(torch.zeros(self.n_items))
         self.absent_bias = nn.Parameter(torch.zeros(()))
         self.graph = LightGraph(train, layers=graph_layers) if graph_layers else None
-        self.history_tower = HistoryEncoder(dim, layers=history_layers)
+        self.history_tower = HISTORIES[history](dim)
         self.paths = paths
         late = [p for p in paths if p != EARLY]
         self.shared = nn.ModuleDict({p: nn.Linear(dim, dim, bias=False) for p in late if cross_weight})
@@ -274,9 +285,10 @@ class Hybrid(Recommender):
             + self.reg["item"] * own[1].square().sum(1).mean()
             + self.reg["bias"] * own[2].square().mean()
         )
-        with torch.no_grad():
-            self.bank[found.items] = c.detach().to(self.bank.dtype)
-        terms["history"] = self._history_loss(batch, found, q.detach(), biases.detach())
+        if self.history_tower.trains:
+            with torch.no_grad():
+                self.bank[found.items] = c.detach().to(self.bank.dtype)
+            terms["history"] = self._history_loss(batch, found, q.detach(), biases.detach())
         if self._reads_paths:
             first = dim * (len(self.paths) + 1)
             vectors = {m: encoded[:, dim * (n + 1) : dim * (n + 2)] for n, m in enumerate(self.paths)}

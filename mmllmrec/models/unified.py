@@ -265,7 +265,11 @@ class Unified(Hybrid):
         lora = {id(p) for t in towers for p in t.parameters() if p.requires_grad}
         heads = [p for p in rest["params"] if id(p) not in lora]
         adapted = [p for p in rest["params"] if id(p) in lora]
-        groups = [ids, {"params": heads, "lr": lr, "name": "heads"}, {"params": adapted, "lr": self.lr_lora * lr, "name": "lora"}]
+        groups = [
+            ids,
+            {"params": heads, "lr": lr, "name": "heads"},
+            {"params": adapted, "lr": self.lr_lora * lr, "name": "lora"},
+        ]
         return [g for g in groups if g["params"]]
 
     def content(self, index: Tensor) -> Content:
