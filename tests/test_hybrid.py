@@ -95,6 +95,9 @@ def test_a_new_user_is_what_its_events_say(model):
 def test_a_cold_item_moves_towards_those_who_took_it(model):
     taken = model.train_data.union(events_of(model, [(0, 5), (1, 5)]))
     before, after = model.embed()[1], model.with_history(taken).embed()[1]
+    rows = np.eye(11, dtype=bool)[[2, 4]]  # strangers meet the item where it has moved to
+    again = model.with_history(taken)
+    torch.testing.assert_close(again.score_from(rows), again.users_from(rows) @ after.T)
     moved = (before - after).abs().amax(1) > 1e-6
     assert moved.tolist() == [n == 5 for n in range(11)]
     p = model.embed()[0]

@@ -141,13 +141,16 @@ def test_titles_and_pictures(model, train, capsys):
         recommend(model, users=["u1"], catalog=Catalog(datasets.Dataset.from_dict({"item_id": shorter.ids}), shorter))
 
 
-def test_a_stranger_is_what_a_list_of_items_says(model, train):
+def test_a_stranger_is_what_a_list_of_items_says(model, train, monkeypatch):
     """Scored from scratch: the history tower over the content of these items, and the biases."""
     table = FeatureTable({"a": np.random.default_rng(1).normal(size=(N_ITEMS, 5))}, np.ones((N_ITEMS, 1), bool))
     torch.manual_seed(0)
     reader = TwoStage(train, features=table, dim=8)
     took = ["i2", "i7"]
+    read, content = [], reader.content
+    monkeypatch.setattr(reader, "content", lambda index: (read.extend(index.tolist()), content(index))[1])
     found = recommend(reader, users="stranger", history=took, k=N_ITEMS).frame
+    assert sorted(read) == list(range(N_ITEMS))  # the catalogue is encoded once
     assert (found["basis"] == "history").all() and len(found) == N_ITEMS - 2 and not found["item_id"].isin(took).any()
     rows = np.isin(np.arange(N_ITEMS), [2, 7])
     scores = (reader.users_from(rows[None]) @ reader.embed()[1].T)[0]

@@ -58,7 +58,7 @@ def text_extractor(
     else:
         where = str(shipped("adapters/nano-base") / "language") if source == "nano" else source
         language = where if isinstance(where, Language) else load_language(where)
-        model, read = language.model, _reader(language, layer, length, device)
+        model, read = language.model, reader(language, layer, length, device)
         pooling = pooling or _declared(where) or ("last" if language.causal else "mean")
         if pooling not in POOLINGS:
             raise DataError(f"pooling={pooling!r}: one of {list(POOLINGS)}")
@@ -103,7 +103,9 @@ def pool(states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     return states.masked_fill(~valid[..., None], 0.0).sum(dim=1) / lengths[:, None]
 
 
-def _reader(language: Language, layer: int | None, length: int, device: str) -> Read:
+def reader(language: Language, layer: int | None, length: int, device: str) -> Read:
+    """What turns texts into the states of a language model: padding on the right, ``layer`` as above, at most
+    ``length`` tokens. Raises ``DataError`` for a layer that the model has not."""
     model: Any = language.model
     depth = int(model.config.num_hidden_layers)
     if layer is not None and not 0 <= layer <= depth:

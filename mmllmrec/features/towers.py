@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.runcard import content_hash
+from mmllmrec.runcard import content_hash, write_atomically
+
+MEAN, STD = 0.5, 0.25  # of the pixels of a tower that is trained here, in all three channels
 
 
 @dataclass
@@ -98,6 +102,21 @@ def load_vision(source: str) -> Vision:
         tower.transformer.width,
         weights_hash(tower),
     )
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Pixels from 0 to 255 -> what a tower reads that is trained here, float32."""
+    return (pixels.float() / 255 - MEAN) / STD
+
+
+def save_clip(folder: Path, clip: Any, about: dict[str, Any]) -> None:
+    """Write a CLIP that reads ``normalise``d pictures in open_clip's layout, which ``load_clip`` reads: its config, of
+    the model ``about``, and its weights; these last, without which nothing reads the folder."""
+    config = {"model_cfg": about, "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3}}
+    text = json.dumps(config, indent=1) + "\n"
+    write_atomically(folder / "open_clip_config.json", lambda p: p.write_text(text, encoding="utf-8"))
+    weights = {k: v.detach().contiguous() for k, v in clip.state_dict().items()}
+    write_atomically(folder / "open_clip_model.safetensors", lambda p: save_file(weights, p))
 
 
 def load_transformer(source: str, *, what: str, **options: Any) -> Any:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmllmrec.data.interactions import Interactions
+from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.models.vectors import VectorModel
 
@@ -48,3 +49,15 @@ class GraphModel(VectorModel):
     def _trained(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of IDs (U, D), (I, D), those that no training event moved at zero: absent."""
         return users * self.known[:, None], items * self.warm[:, None]
+
+
+class IDGraph(GraphModel):
+    """A ``GraphModel`` with an embedding an ID, ``users`` and ``items``; BPR's penalty weighs the batch's, *before*
+    propagation."""
+
+    users: nn.Embedding
+    items: nn.Embedding
+
+    def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
+        assert batch.negatives is not None
+        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)

@@ -105,7 +105,7 @@ class Hybrid(Recommender):
             raise DataError(f"id_dropout={id_dropout}: a chance, between 0 and 1")
         if history not in HISTORIES:
             raise DataError(f"history={history!r}: one of {list(HISTORIES)}")
-        known = {k for kind in type(self).__mro__ for k in inspect.signature(kind.__init__).parameters}
+        known = {k for kind in type(self).__mro__ for k in inspect.signature(kind.__init__).parameters}  # type: ignore[misc]
         unknown = sorted(set(config) - known)
         if unknown:
             raise TypeError(
@@ -194,14 +194,23 @@ class Hybrid(Recommender):
     def forward(self) -> tuple[Tensor, Tensor]:
         users, ids = self.ids()
         content = self.all_content()
-        index = torch.arange(self.n_items, device=self.device)
-        q = content + self.item_present[:, None] * ids
+        p = self._users(users, content)
+        return _with_one(p), self._items(ids, content, p)
+
+    def _users(self, users: Tensor, content: Tensor) -> Tensor:
+        """p (U, D) from ID vectors (U, D) and all items' content (I, D)."""
         weight = (self.user_count / (self.user_count + self.mix).clamp(min=1e-6))[:, None]
-        p = weight * users + (1 - weight) * self.told(content)
+        return weight * users + (1 - weight) * self.told(content)
+
+    def _items(self, ids: Tensor, content: Tensor, p: Tensor | None) -> Tensor:
+        """q and bias of all items (I, D + 1) from ID vectors and content (I, D); ``p`` (U, D) is read where ``history``
+        moves cold items."""
+        q = content + self.item_present[:, None] * ids
         if self.history is not None:
+            assert p is not None
             q = self._folded(p, q)
-        biases = self._biases(index, self.item_present)
-        return torch.cat([p, p.new_ones(len(p), 1)], dim=1), torch.cat([q, biases[:, None]], dim=1)
+        index = torch.arange(self.n_items, device=self.device)
+        return torch.cat([q, self._biases(index, self.item_present)[:, None]], dim=1)
 
     def _folded(self, p: Tensor, q: Tensor) -> Tensor:
         """Items that training has not seen and ``history`` has: their content, mixed with what their users say.
@@ -233,8 +242,16 @@ class Hybrid(Recommender):
     def users_from(self, histories: np.ndarray) -> Tensor:
         """Vectors of users that are nothing but these events, (B, I) bool -> (B, D + 1), as ``embed`` gives users."""
         with self.evaluating():
-            h = self._told(self.all_content(), np.asarray(histories, dtype=bool))
-            return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+            return _with_one(self._told(self.all_content(), np.asarray(histories, dtype=bool)))
+
+    def score_from(self, histories: np.ndarray) -> Tensor:
+        """Scores of all items for users that are nothing but these events, (B, I) bool -> (B, I): ``users_from`` times
+        the items of ``embed``, reading the catalogue once and no other user's history."""
+        with self.evaluating():
+            users, ids = self.ids()
+            content = self.all_content()
+            told = _with_one(self._told(content, np.asarray(histories, dtype=bool)))
+            return told @ self._items(ids, content, None if self.history is None else self._users(users, content)).T
 
     def _grown(self, train: Interactions) -> Self:
         """A copy that shares every weight, with rows for further items whose IDs are absent."""
@@ -375,6 +392,11 @@ class Hybrid(Recommender):
     def weights(self) -> dict[str, Tensor]:
         """Everything but the bank, which only training reads."""
         return {k: v for k, v in super().weights().items() if k != "bank"}
+
+
+def _with_one(users: Tensor) -> Tensor:
+    """(B, D) -> (B, D + 1), with 1 where items have their bias."""
+    return torch.cat([users, users.new_ones(len(users), 1)], dim=1)
 
 
 def check_rate(name: str, value: float) -> None:

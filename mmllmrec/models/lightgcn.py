@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
-from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel
-from mmllmrec.models.graphs import GraphModel
+from mmllmrec.models.graphs import IDGraph
 
 
-class LightGCN(GraphModel):
+class LightGCN(IDGraph):
     """Embeddings smoothed over the user-item graph of the training events: score(u, i) = e_u . e_i.
 
     He et al. 2020, eqs. 3 to 5 (``encoders.graph.LightGraph``), trained with BPR (eq. 15). ``dim`` is D, ``layers`` the
@@ -41,12 +40,8 @@ class LightGCN(GraphModel):
             return self.users.weight, self.items.weight
         return self._trained(self.users.weight, self.items.weight)
 
-    def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        assert batch.negatives is not None
-        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)
 
-
-class LightGCNContent(GraphModel, ContentModel):
+class LightGCNContent(IDGraph, ContentModel):
     """LightGCN whose items are an ID and frozen features: e_i^(0) = present_i id_i + E f_i, smoothed over the graph.
 
     The two-stage row beside ``Unified``: features extracted first, LightGCN's encoder (He et al. 2020, eqs. 3 and 4)
@@ -84,7 +79,3 @@ class LightGCNContent(GraphModel, ContentModel):
         if self.training and self.id_dropout:
             ids = ids * (torch.rand(len(ids), 1, device=ids.device) >= self.id_dropout)
         return users, ids + self.project(self.frozen)
-
-    def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        assert batch.negatives is not None
-        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)

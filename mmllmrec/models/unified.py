@@ -259,7 +259,7 @@ class Unified(Hybrid):
         return other
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """``ids``: IDs and biases, at ``lr_ids`` lr; ``heads``: what is no tower, at lr; ``lora``, at ``lr_lora`` lr."""
+        """``ids``: IDs and biases, at ``lr_ids`` lr; ``heads``: what is no tower, at lr; ``lora`` at ``lr_lora`` lr."""
         ids, rest = super().parameter_groups(lr)
         towers = (self.backbone.vision, self.backbone.language)
         lora = {id(p) for t in towers for p in t.parameters() if p.requires_grad}

@@ -105,7 +105,7 @@ def recommend(
     ``catalog``). ``catalog`` gives titles and pictures; by default the model's own. Items a user has taken in training
     (and in ``history``) are left out unless ``exclude_seen=False``; ``history`` also replaces the training events in
     models that take one (``with_history``). A list of item ids as ``history`` is what one user took, known or not: a
-    model with ``users_from`` scores from these events alone. ``among`` limits the candidates, ``exclude`` removes some.
+    model with ``score_from`` scores from these events alone. ``among`` limits the candidates, ``exclude`` removes some.
     Items without a training event are candidates only of models with ``supports_cold_items``.
 
     A user whose ID is absent gets the most popular items and says so in the column ``basis``: one the model has never
@@ -143,7 +143,7 @@ def recommend(
 
     scores = torch.from_numpy(train.item_counts).float().expand(len(wanted), -1).clone()
     if told is not None:
-        scores[:] = (model.users_from(told[None]) @ model.embed()[1].T).float().cpu()
+        scores[:] = model.score_from(told[None]).float().cpu()
     elif scored.any():
         scores[torch.from_numpy(scored)] = model.score(place[scored]).detach().float().cpu()
         if not model.supports_cold_items:
@@ -169,7 +169,7 @@ def recommend(
 
 def _told(model: Any, history: Sequence[Any], users: str | Sequence[Any]) -> np.ndarray:
     """A list of item ids as a row of events, (I,) bool."""
-    if not hasattr(model, "users_from"):
+    if not hasattr(model, "score_from"):
         raise DataError(
             f"history=[...]: {model.name} cannot read a user from events alone; Unified and TwoStage can, others take "
             "an Interactions"

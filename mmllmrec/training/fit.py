@@ -95,11 +95,11 @@ def fit(
     """Train a model on ``split.train``, choose its best epoch on ``split.valid``, and return it with those weights.
 
     AdamW over ``model.parameter_groups(lr)``; ``schedule`` is ``"constant"`` or ``"cosine"`` (to zero), after a linear
-    ``warmup`` (share of all steps); ``clip`` bounds the gradient's norm. ``stages`` {group: share} lets a named group of
-    ``parameter_groups`` start only when that share of all steps is over, with the rate the schedule then has: until then
-    its rate is 0, and it has neither gradients nor moments (``{"lora": 0.25}``: heads and IDs settle on the towers as
-    they are, so that no adapter learns from heads that know nothing). Every ``eval_every`` epochs ``monitor`` is
-    measured at full precision; ``patience`` is how many measurements without a better one end the run.
+    ``warmup`` (share of all steps); ``clip`` bounds the gradient's norm. ``stages`` {group: share} lets a named group
+    of ``parameter_groups`` start when that share of all steps is over, at the rate the schedule then has; before, its
+    rate is 0 and it has neither gradients nor moments. With ``{"lora": 0.25}`` heads and IDs settle on the towers as
+    they are, and no adapter learns from heads that know nothing. Every ``eval_every`` epochs ``monitor`` is measured at
+    full precision; ``patience`` is how many measurements without a better one end the run.
     ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
     items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
     every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result.

@@ -27,7 +27,7 @@ from mmllmrec import losses
 from mmllmrec.data.atelier import atelier
 from mmllmrec.encoders.backbone import PAD, READ, SOFT, Backbone, Items, tokenise
 from mmllmrec.features.prompts import load_prompt
-from mmllmrec.features.towers import Language, load_language, load_vision
+from mmllmrec.features.towers import Language, load_language, load_vision, normalise, save_clip
 from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator, seed_everything
 
@@ -162,7 +162,7 @@ def contrastive(folder: Path, pixels: Tensor, captions: list[str], recipe: Recip
     bar = tqdm(range(recipe.clip_steps), desc="contrastive")
     for _ in bar:
         pick = train[torch.from_numpy(rng.choice(len(train), recipe.clip_batch, replace=False))]
-        image, text, scale = clip(_normal(pixels[pick]), tokens[pick])[:3]
+        image, text, scale = clip(normalise(pixels[pick]), tokens[pick])[:3]
         target, mask = torch.arange(len(pick)), same[pick][:, None] == same[pick][None]
         loss = (
             sum(losses.sampled_softmax(a * scale, b, target, mask=mask) for a, b in ((image, text), (text, image))) / 2
@@ -178,19 +178,11 @@ def contrastive(folder: Path, pixels: Tensor, captions: list[str], recipe: Recip
         held = torch.nonzero(aside)[:, 0]
         distinct = {int(s): int(i) for i, s in zip(held, same[held], strict=True)}
         texts = F.normalize(clip.encode_text(tokens[list(distinct.values())]), dim=-1)
-        images = F.normalize(torch.cat([clip.encode_image(_normal(pixels[p])) for p in held.split(256)]), dim=-1)
+        images = F.normalize(torch.cat([clip.encode_image(normalise(pixels[p])) for p in held.split(256)]), dim=-1)
         nearest = torch.tensor(list(distinct))[(images @ texts.T).argmax(1)]
         hit = float((nearest == same[held]).float().mean())
-    (folder / "clip").mkdir()
-    state = {k: v.contiguous() for k, v in clip.state_dict().items()}
-    save_file(state, folder / "clip" / "open_clip_model.safetensors")
-    config = {"model_cfg": about, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    (folder / "clip" / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_clip(folder / "clip", clip, about)
     return {"caption_recall_at_1": round(hit, 4), "caption_chance": round(1 / len(distinct), 5)}
-
-
-def _normal(pixels: Tensor) -> Tensor:
-    return (pixels.float() / 255 - 0.5) / 0.25
 
 
 def next_token(

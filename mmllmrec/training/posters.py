@@ -34,14 +34,14 @@ from mmllmrec.data.dataset import load_dataset
 from mmllmrec.data.descriptors import describe
 from mmllmrec.data.interactions import DataError, IdMap
 from mmllmrec.data.splits import Split
-from mmllmrec.features.towers import Language, load_language, load_vision
+from mmllmrec.features.text import pool, reader
+from mmllmrec.features.towers import Language, load_language, load_vision, normalise, save_clip
 from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, write_atomically
 from mmllmrec.seed import generator, seed_everything, torch_generator
 from mmllmrec.shipped import shipped
 from mmllmrec.training import checkpoint
 from mmllmrec.training.fit import factor
 
-MEAN, STD = 0.5, 0.25  # of the pixels, as the tower's config says them
 TALL = 1.5  # height of a poster over its width
 WORDS = 128  # tokens of a film's words that are read
 KS = (1, 10, 50)
@@ -148,7 +148,7 @@ def pretrain(
             pick = order[step * batch : (step + 1) * batch]
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * factor(epoch * steps + step, total, "cosine", 0.05)
-            seen = clip.visual(normal(augment(films.posters[pick], recipe, rng)))
+            seen = clip.visual(normalise(augment(films.posters[pick], recipe, rng)))
             loss = losses.info_nce(seen, films.words[pick], temperature=(-clip.logit_scale).exp())
             if not bool(torch.isfinite(loss)):
                 raise DataError(f"the loss is not finite in epoch {epoch}: lower lr")
@@ -173,7 +173,7 @@ def pretrain(
     bar.close()
 
     checkpoint.restore(clip, best)
-    save(folder, clip, about)
+    save_clip(folder, clip, about)
     card = RunCard(
         kind="pretrain",
         name="posters",
@@ -246,14 +246,11 @@ def read(language: Language, catalog: Catalog, *, batch: int = 128) -> Tensor:
     texts = [f"{f['title']}. {f['text']}" for f in catalog.words()]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length are padded least
     found = torch.zeros(len(texts), language.width)
+    states_of = reader(language, None, WORDS, "cpu")
     for start in tqdm(range(0, len(order), batch), desc="words"):
         rows = order[start : start + batch]
-        tokens = language.tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=WORDS, return_tensors="pt"
-        )
-        mask = tokens["attention_mask"]
-        states = language.model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-        found[rows] = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        _, states, lengths = states_of([texts[i] for i in rows])
+        found[rows] = pool(states, lengths, "mean")
     return found
 
 
@@ -287,20 +284,6 @@ def build(recipe: Recipe, dim: int) -> tuple[Any, dict[str, Any]]:
     return clip, about
 
 
-def save(folder: Path, clip: Any, about: dict[str, Any]) -> None:
-    """Write weights and config in open_clip's layout; the weights last, without which nothing reads the folder."""
-    config = {"model_cfg": about, "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3}}
-    text = json.dumps(config, indent=1) + "\n"
-    write_atomically(folder / "open_clip_config.json", lambda p: p.write_text(text, encoding="utf-8"))
-    weights = {k: v.detach().contiguous() for k, v in clip.state_dict().items()}
-    write_atomically(folder / "open_clip_model.safetensors", lambda p: save_file(weights, p))
-
-
-def normal(pixels: Tensor) -> Tensor:
-    """0 to 255 -> what the tower reads, float32."""
-    return (pixels.float() / 255 - MEAN) / STD
-
-
 def augment(posters: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
     """Random crops of whole posters, a half of them mirrored, with brightness, contrast and saturation moved:
     (B, 3, H, W) uint8 -> (B, 3, S, S) float32 in 0..255. One ``grid_sample`` for the whole batch."""
@@ -327,7 +310,7 @@ def augment(posters: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
 def look(tower: Any, pixels: Tensor) -> Tensor:
     """The tower's pooled output on pictures, in eval mode: (N, 3, S, S) uint8 -> (N, V)."""
     tower.eval()
-    found = [tower(normal(part)) for part in pixels.split(256)]
+    found = [tower(normalise(part)) for part in pixels.split(256)]
     return torch.cat([f[0] if isinstance(f, tuple) else f for f in found])
 
 
