@@ -1,17 +1,20 @@
 """The unified model's plumbing on tiny random towers: what trains, what changes what, what is absent, what is saved."""
 
 import copy
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap
 from mmllmrec.data.sampling import Batch
-from mmllmrec.encoders.backbone import PAD, READ, SOFT, place, unit
+from mmllmrec.encoders.backbone import PAD, READ, SOFT, Backbone, place, unit
 from mmllmrec.features.prompts import load_prompt
+from mmllmrec.features.store import Store
 from mmllmrec.features.towers import layers_of, load_vision, weights_hash
 from mmllmrec.models import Recommender, Unified
 from mmllmrec.seed import seed_everything
@@ -374,3 +377,94 @@ def test_each_group_has_its_own_learning_rate_and_keeps_it_when_saved(preset, tm
     for wrong in ({"lr_ids": -1.0}, {"lr_lora": float("nan")}):
         with pytest.raises(DataError, match=rf"{next(iter(wrong))}=.*a multiple of fit's lr"):
             Unified.from_preset(preset, data=train, catalog=catalog, **wrong)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How many rows the frozen layers of either tower were run on, since it was last emptied."""
+    rows = {"below": 0, "seen": 0}
+    for name in rows:
+        whole = getattr(Backbone, name)
+
+        def spy(self, x, name=name, whole=whole):
+            rows[name] += len(x)
+            return whole(self, x)
+
+        monkeypatch.setattr(Backbone, name, spy)
+    return rows
+
+
+def changed(catalog, column, item, value):
+    rows = catalog.dataset[column][:]
+    rows[item] = value
+    table = catalog.dataset.to_dict() | {column: rows}
+    return Catalog(type(catalog.dataset).from_dict(table, features=catalog.dataset.features), catalog.item_ids)
+
+
+def test_with_a_store_only_what_is_new_is_read_and_nothing_changes(preset, tmp_path, ran):
+    train, catalog = tiny_world()
+    frozen = replace(preset, enter=1, look=1)
+
+    def build(catalog=catalog, preset=frozen, store=tmp_path / "store", **options):
+        ran.update(below=0, seen=0)
+        seed_everything(5)
+        return Unified.from_preset(preset, data=train, catalog=catalog, dim=16, store=store, **options)
+
+    def assert_like_without(made, catalog=catalog, **options):
+        without = build(catalog, store=None, **options)
+        torch.testing.assert_close(made.embed()[1], without.embed()[1], atol=1e-6, rtol=0)
+        for one in (made, without):
+            torch.manual_seed(0)
+            one.train().zero_grad()
+            sum(one.loss(part(one)).values()).backward()
+        for (name, p), q in zip(made.named_parameters(), without.parameters(), strict=True):
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+    first = build()
+    distinct = len({tuple(r.tolist()) for r in first.items.tokens})
+    assert ran == {"below": distinct, "seen": 9}  # two items have no picture
+    assert_like_without(first)
+    second = build()
+    assert ran == {"below": 0, "seen": 0}
+    assert_like_without(second)
+    build(preset=replace(frozen, rank=2))  # adapters lie above
+    assert ran == {"below": 0, "seen": 0}
+
+    said = changed(catalog, "text", 3, "green lamp of red vase .")
+    made = build(said)
+    assert ran == {"below": 1, "seen": 0}
+    assert_like_without(made, said)
+    shown = changed(catalog, "image", 3, catalog.dataset["image"][8])
+    assert build(shown).catalog is shown and ran == {"below": 0, "seen": 0}  # item 8's picture is known
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(buffer, "PNG")
+    shown = changed(catalog, "image", 3, {"bytes": buffer.getvalue(), "path": None})
+    made = build(shown)
+    assert ran == {"below": 0, "seen": 1}
+    assert_like_without(made, shown)
+
+    (tmp_path / "other.jinja").write_text(
+        "---\nid: other\nversion: 1\ninputs: [title, text]\n---\nred item <image> {{ title }} {{ text }}"
+    )
+    build(prompt=str(tmp_path / "other.jinja"))
+    assert ran["seen"] == 0 and ran["below"] >= distinct - 1
+    build(preset=replace(frozen, look=2))
+    assert ran == {"below": 0, "seen": 9}
+
+
+def test_a_store_is_no_part_of_a_saved_model_and_goes_on_with_a_trained_one(preset, tmp_path, ran):
+    train, catalog = tiny_world()
+    seed_everything(5)
+    frozen = replace(preset, enter=1, look=1)
+    model = Unified.from_preset(frozen, data=train, catalog=catalog, dim=16, store=Store(tmp_path / "store"))
+    wake(model)
+    folder = model.save_pretrained(tmp_path / "mine")
+    assert "store" not in (folder / "config.json").read_text()
+    ran.update(below=0, seen=0)
+    said = changed(catalog, "text", 3, "green lamp of red vase .")
+    other = model.with_catalog(said)
+    assert ran == {"below": 1, "seen": 0}
+    loaded = Unified.from_pretrained(folder, catalog=said)
+    torch.testing.assert_close(other.embed()[1], loaded.embed()[1], atol=1e-6, rtol=0)
+    assert set(Store(tmp_path / "store").info()["name"]) == {"language:below:1", "clip:below:1"}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.encoders.backbone import EARLY, Backbone, Content, Items, tokenise
+from mmllmrec.encoders.backbone import EARLY, PAD, Backbone, Content, Items, tokenise
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
+from mmllmrec.features.extractor import source_name
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.sensor import SensorEncoder
+from mmllmrec.features.store import Store
 from mmllmrec.features.towers import load_language, load_vision
 from mmllmrec.models.base import read_tensors
 from mmllmrec.models.hybrid import Hybrid, check_rate
@@ -64,7 +68,8 @@ class Unified(Hybrid):
     catalogue: ``image`` and ``text`` through the towers, raw ``audio`` and ``sensor`` through small encoders that are
     trained here, and a table of features through a perceptron. ``modalities`` limits them; ``paths`` and ``fusion`` say
     what is fused and how (``Backbone``). ``lr_lora`` is the adapters' learning rate, in multiples of the one
-    that ``fit`` is given. ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
+    that ``fit`` is given. ``store`` keeps what the frozen layers say of an item (see ``from_preset``); it is no part of
+    a saved model. ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {
@@ -90,6 +95,7 @@ class Unified(Hybrid):
         fusion: str = "concat",
         prompt: str = "item",
         lr_lora: float = 1.0,
+        store: Store | str | os.PathLike[str] | None = None,
         whiten: bool = True,
         **options: Any,
     ):
@@ -116,6 +122,7 @@ class Unified(Hybrid):
         self.config["paths"] = list(paths)
         check_rate("lr_lora", lr_lora)
         self.lr_lora = lr_lora
+        self.store = store if store is None or isinstance(store, Store) else Store(store)
         if catalog.item_ids != train.item_ids:
             raise DataError("Unified: the catalogue's item ids are not those of the training events")
         nano = shipped("adapters/nano-base") if "nano" in (preset.vision, preset.language) else Path()
@@ -152,7 +159,9 @@ class Unified(Hybrid):
     ) -> Unified:
         """A model on pretrained towers: ``"nano"`` (shipped), ``"minilm"`` (its extra), ``"base"`` (the hub), or a
         ``Preset`` of your own. ``trainer="end_to_end"`` puts LoRA on every layer; ``"cached"`` on the last ones alone,
-        and what the frozen layers below say is computed once. ``options`` go to the constructor."""
+        and what the frozen layers below say is computed once. With ``store=`` (a ``features.store.Store`` or its
+        folder) it is kept on disk, an entry an item: a second building, another catalogue or ``with_catalog`` runs the
+        layers on what is new alone, whatever LoRA is above them. ``options`` go to the constructor."""
         if isinstance(preset, str) and preset not in PRESETS:
             raise DataError(f"unknown preset {preset!r}; presets are {sorted(PRESETS)}, or pass a Preset")
         if trainer not in TRAINERS:
@@ -229,14 +238,54 @@ class Unified(Hybrid):
                 if before is not None and torch.equal(items.tokens, before.tokens):
                     states = before.states
                 else:
-                    states = torch.cat([self.backbone.below(t.to(self.device)).cpu() for t in items.tokens.split(256)])
+                    lengths = (items.tokens != PAD).sum(dim=1)
+                    name = source_name(self.preset.language, "below", self.preset.enter)
+                    space = content_hash("below", self._language.hash, self.preset.enter)
+                    states = self._kept(name, space, "text", self.backbone.below, items.tokens, lengths)
             if self.preset.look and "image" in self.modalities:
                 pixels = items.raw["image"]
                 if before is not None and torch.equal(pixels, before.raw["image"]):
                     seen = before.seen
                 else:
-                    seen = torch.cat([self.backbone.seen(p.to(self.device)).cpu() for p in pixels.split(256)])
+                    name = source_name(self.preset.vision, "below", self.preset.look)
+                    seen_by = (self._vision.hash, self.preset.look, self._vision.mean, self._vision.std)
+                    space = content_hash("below", *seen_by)
+                    seen = self._kept(name, space, "image", self.backbone.seen, pixels, items.present["image"].long())
         return states, seen
+
+    def _kept(
+        self,
+        name: str,
+        space: str,
+        modality: str,
+        run: Callable[[Tensor], Tensor],
+        rows: Tensor,
+        lengths: Tensor,
+    ) -> Tensor:
+        """``run`` on rows (I, ...), in blocks, -> (I, N, W); with a store, only on those that it does not have.
+
+        ``space`` is the hash of the layers. A key is the hash of a row as they read it: token ids are what prompt,
+        tokenizer and words came to, pixels what a picture was cut to. ``lengths`` (I,) says how many tokens of a row
+        are no padding, which is not kept; of a picture 1 or, where there is none, 0.
+        """
+        if self.store is None:
+            return torch.cat([run(block.to(self.device)).cpu() for block in rows.split(256)])
+        here = lengths.nonzero()[:, 0]
+        ends = [int(n) if modality == "text" else None for n in lengths[here]]
+        own = [rows[i, :end] if modality == "text" else rows[i] for i, end in zip(here, ends, strict=True)]
+
+        def compute(positions: list[int]) -> list[np.ndarray]:
+            found = run(rows[here[positions]].to(self.device)).cpu().numpy()
+            return [states[: ends[p]] for states, p in zip(found, positions, strict=True)]
+
+        about = {"name": name, "modality": modality}
+        keys = [content_hash(part.numpy()) for part in own]
+        kept = self.store.get_or_compute(keys, compute, space=space, about=about, batch=256)
+        tokens = rows.shape[1] if modality == "text" else len(kept[0]) if kept else 0
+        table = torch.zeros(len(rows), tokens, kept[0].shape[1] if kept else 0)
+        for i, states in zip(here.tolist(), kept, strict=True):
+            table[i, : len(states)] = torch.from_numpy(states)
+        return table
 
     def with_catalog(self, catalog: Catalog) -> Unified:
         """This model, same weights, reading another catalogue of the same items (controls)."""
