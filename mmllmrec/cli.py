@@ -464,6 +464,28 @@ def bench_train(
     print(f"run card: {folder / 'card.json'}")
 
 
+@bench_app.command("backbone")
+def bench_backbone(
+    repeats: Repeats = 5,
+    threads: Annotated[int, typer.Option(min=1, help="to compute with")] = 1,
+    backbones: Annotated[
+        list[str] | None,
+        typer.Option("--backbone", help="'nano, end to end', 'nano, cached' or 'minilm, cached'; all where not given"),
+    ] = None,
+    folder: Cards = Path("runs/backbone"),
+) -> None:
+    """Items that the unified backbone encodes and trains per second, beside the machine's rate of bare matrix products
+    (128 items of Atelier with their events); a few minutes, 'minilm' needs its extra.
+
+    Example: [bold]mmllmrec bench backbone --threads 1[/bold]
+    """
+    from mmllmrec.training.throughput import BACKBONES, throughput
+
+    table = throughput(repeats=repeats, threads=threads, backbones=backbones or tuple(BACKBONES), folder=folder)
+    _show(table, f"the backbone, medians of {repeats} on {threads} thread{'s' if threads > 1 else ''}")
+    print(f"run card: {folder / 'card.json'}")
+
+
 @bench_app.command("quickstart")
 def bench_quickstart(seeds: Seeds = 3, folder: Folder = Path("runs/quickstart")) -> None:
     """The quickstart's table over seeds: Atelier, cold items held out, share of the oracle.

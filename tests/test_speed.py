@@ -9,6 +9,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.speed import speed as evaluator_speed
 from mmllmrec.runcard import RunCard, peak_memory_mb
 from mmllmrec.training import speed as bench
+from mmllmrec.training import throughput
 
 SMALL = {"users": 307, "items": 211, "events": 1511, "widths": (37, 13)}
 
@@ -83,3 +84,62 @@ def test_eval_leaves_a_card(tmp_path):
     card = RunCard.load(tmp_path / "card.json")
     assert card.kind == "bench" and card.settings["k"] == 7
     assert card.metrics == table.to_dict("index")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_flops_of_attention_are_counted_by_hand(training):
+    """A transformer layer in evaluation mode too, whose fused form and whose attention the counter passes over."""
+    b, length, d, heads, wide = 3, 7, 8, 2, 20
+    layer = torch.nn.TransformerEncoderLayer(d, heads, wide, 0.0, batch_first=True).train(training)
+    x = torch.randn(b, length, d)
+
+    def forward():
+        with torch.set_grad_enabled(training):
+            return layer(x)
+
+    projections = b * length * (4 * d * d + 2 * d * wide)
+    attention = 2 * b * heads * length * length * (d // heads)
+    assert throughput.flops(forward) == 2 * (projections + attention)
+    if training:  # of the input's own projection there is no gradient for x
+        both = throughput.flops(lambda: forward().sum().backward())
+        assert both == 2 * 3 * (projections + attention) - 2 * b * length * 3 * d * d
+    convolution = torch.nn.Conv2d(3, 5, 4, 4, bias=False)
+    assert throughput.flops(lambda: convolution(torch.ones(2, 3, 8, 8))) == 2 * 2 * 4 * 5 * 3 * 16
+
+
+WORLD = {"n_items": 83, "n_users": 61, "n_events": 701}
+
+
+def test_the_backbone_is_measured_beside_its_floor(tmp_path):
+    before = torch.get_num_threads()
+    table = throughput.throughput(
+        item_batch=23,
+        world=WORLD,
+        backbones=["nano, end to end", "nano, cached"],
+        repeats=1,
+        threads=2,
+        folder=tmp_path,
+    )
+    assert torch.get_num_threads() == before
+    rows = table.set_index(["backbone", "work"])
+    np.testing.assert_allclose(rows[throughput.ITEMS], 23 / rows[throughput.SECONDS], rtol=0.05)
+    floor = rows[throughput.FLOPS] * 23 / 1e3 / rows[throughput.RATE]
+    np.testing.assert_allclose(rows[throughput.FLOOR], rows[throughput.SECONDS] / floor, rtol=0.05)
+    count = rows[throughput.FLOPS]
+    for name in ("nano, end to end", "nano, cached"):
+        assert 2 * count[name, "encode"] < count[name, "train"] < 4 * count[name, "encode"] + 5
+    assert count["nano, cached"].sum() < 0.7 * count["nano, end to end"].sum()
+    # the patches' widths alone: 16 patches and a class token through 4 layers of 12 W^2, W = 96
+    assert count["nano, end to end", "encode"] > 2 * 17 * 4 * 12 * 96**2 / 1e6
+    card = RunCard.load(tmp_path / "card.json")
+    assert card.kind == "bench" and card.settings["threads"] == 2 and len(card.metrics) == 4
+    assert "nano, cached" in (tmp_path / "table.txt").read_text()
+
+
+def test_a_backbone_that_cannot_be_measured():
+    with pytest.raises(DataError, match="unknown backbone 'giant'; backbones are"):
+        throughput.throughput(backbones=["giant"])
+    with pytest.raises(DataError, match="threads=0"):
+        throughput.throughput(threads=0)
+    with pytest.raises(DataError, match="item_batch=99: two or more, and no more than the"):
+        throughput.throughput(item_batch=99, world=WORLD)
