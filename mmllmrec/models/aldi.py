@@ -22,7 +22,7 @@ from mmllmrec.models.vectors import cosine_softmax, scale_of
 
 
 class ALDI(LatentModel):
-    """Aligning distillation (Huang et al. 2023): the teacher's score where an item is warm, the student's elsewhere.
+    """Aligning distillation (Huang et al. 2023, SIGIR): the teacher's score where an item is warm, the student's elsewhere.
 
     Teacher: t_ui = U_u . V_i, the latents of a trained model. Student: s_ui = g(U_u) . f(x_i). With a positive i and a
     negative j, CE(a, b) = -sigmoid(b) log sigmoid(a) - (1 - sigmoid(b)) log(1 - sigmoid(a)), and d = the mean of f(x)
@@ -43,7 +43,8 @@ class ALDI(LatentModel):
         model = mm.models.ALDI.pretrained(teacher, catalog=split.catalog)
         run = mm.fit(model, split, **model.fit_defaults | {"patience": 40})  # validation dips before it rises
 
-    Departures: LeakyReLU, no batch normalisation; weight decay (``fit_defaults``) in place of the norm penalty.
+    Departures: LeakyReLU, no batch normalisation; w_i always, which the authors' program has as an option; weight decay
+    (``fit_defaults``) in place of the norm penalty.
     """
 
     def __init__(

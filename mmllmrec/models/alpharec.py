@@ -22,7 +22,7 @@ from mmllmrec.models.vectors import FIT, means_of
 class AlphaRec(GraphModel, ContentModel):
     """Users and items from content alone: e_i^(0) = MLP(z_i), e_u^(0) = MLP(mean of z_i over u's items), propagated.
 
-    Sheng et al. 2024 (arXiv 2407.05441), section 4: a nonlinear projection W_2 LeakyReLU(W_1 z), LightGCN's propagation
+    Sheng et al. 2024 (arXiv 2407.05441): a nonlinear projection W_2 LeakyReLU(W_1 z), LightGCN's propagation
     and mean of layers (``GraphModel``), and the contrastive loss on cosines, here the main loss of a table
     (``loss="softmax"``; ``"bpr"`` for comparison). ``features`` or ``catalog``, ``feature_dim``: see ``ContentModel``.
     An item without an event has no neighbours and keeps its own layer; a user with events that training did not have is

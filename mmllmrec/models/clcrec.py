@@ -21,14 +21,15 @@ from mmllmrec.models.vectors import FIT, cosine_softmax
 
 
 class CLCRec(ContentModel):
-    """Contrastive learning for cold start: (1 - weight) L_UI + weight L_RE, Wei et al. 2021, section 3.
+    """Contrastive learning for cold start: (1 - weight) L_UI + weight L_RE.
 
-    With collaborative embeddings z_u, z_i and a feature representation f_i = MLP(x_i):
+    Wei et al. 2021 (arXiv 2107.05315). With collaborative embeddings z_u, z_i and a feature representation
+    f_i = MLP(x_i):
 
     1. L_RE = mean over the batch's distinct items of -log softmax_j(cos(z_i, f_j) / temperature)[i]: which content
        belongs to this embedding, the mutual information of embedding (E) and representation (R);
     2. L_UI = the main loss of a table (``cosine_softmax``) between z_u and v_i: which item did this user take;
-    3. v_i = f_i with probability ``replace`` (the paper's rho), z_i otherwise, so that users learn to meet content.
+    3. v_i = f_i with probability ``replace``, z_i otherwise, so that users learn to meet content.
 
     A warm item is scored by z_i, one without a training event by f_i. ``features`` or ``catalog``, ``feature_dim``: see
     ``ContentModel``. An item without any content is no anchor of L_RE. Raises ``DataError`` for a ``weight`` or a
