@@ -22,7 +22,7 @@ from mmllmrec.models.vectors import cosine_softmax, scale_of
 
 
 class ALDI(LatentModel):
-    """Aligning distillation (Huang et al. 2023, SIGIR): the teacher's score where an item is warm, the student's elsewhere.
+    """Aligning distillation (Huang et al. 2023): the teacher's score where an item is warm, the student's elsewhere.
 
     Teacher: t_ui = U_u . V_i, the latents of a trained model. Student: s_ui = g(U_u) . f(x_i). With a positive i and a
     negative j, CE(a, b) = -sigmoid(b) log sigmoid(a) - (1 - sigmoid(b)) log(1 - sigmoid(a)), and d = the mean of f(x)
