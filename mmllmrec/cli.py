@@ -33,7 +33,7 @@ Data = Annotated[
 ]
 At = Annotated[Path | None, typer.Option("--path", help="the dataset's folder; otherwise found under MMLLMREC_DATA")]
 Kind = Annotated[
-    str, typer.Option("--split", help="random_per_user, leave_last, temporal, cold_items, cold_users, given")
+    str, typer.Option("--split", help="random_per_user, leave_last, temporal, cold_items, cold_users, cold_both, given")
 ]
 Seed = Annotated[int, typer.Option(help="of the split, the weights and the batches")]
 Seeds = Annotated[int, typer.Option(min=1, help="how many seeds, from 0")]

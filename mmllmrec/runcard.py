@@ -85,8 +85,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def reset_peak_memory() -> None:
+    """Let ``peak_memory_mb`` count from now on, where the system can (Linux: 5 to /proc/self/clear_refs sets VmHWM to
+    what is resident now); elsewhere the peak stays that of the whole program."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+
+
 def peak_memory_mb() -> float:
-    """Peak resident memory of this program so far, in MiB.
+    """Peak resident memory of this program so far, or since ``reset_peak_memory``, in MiB.
 
     On Linux ``ru_maxrss`` of a started program begins at that of the one that started it; VmHWM begins at zero.
     """

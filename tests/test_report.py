@@ -84,7 +84,7 @@ def test_controls_are_rows_of_the_same_model_reading_something_else():
     report = evaluate(floor, split, controls=["without text", "shuffled image", "random sensor"], floors=False)
     assert report.names[:4] == ["knn", "knn, without text", "knn, shuffled image", "knn, random sensor"]
     assert report.mean("knn, without text", "cold only") < report.mean("knn", "cold only")
-    assert len(evaluate(floor, split, controls=True, floors=False).names) == 1 + 4 * 3 + 1  # and the oracle
+    assert len(evaluate(floor, split, controls=True, floors=False).names) == 1 + 4 * 4 + 1  # and the oracle
     with pytest.raises(DataError, match=r"control 'loud audio': write one of .*'without image'"):
         evaluate(floor, split, controls=["loud audio"])
     with pytest.raises(DataError, match="EASE reads no content"):
@@ -134,7 +134,7 @@ def test_k_shot_of_items_reveals_the_same_number_of_each(tmp_path):
     assert split.test_opened == 1 and curve.card.test_opened == 1
     means = curve.frame.set_index(["system", "k"])["mean"]
     assert means["Oracle", 0] > 2 * means["Popularity", 0]
-    assert "cold items, test of cold_items" in str(curve) and curve.plot().axes[0].get_xlabel().endswith("cold item")
+    assert "known of a cold item, test of cold_items" in str(curve) and curve.plot().axes[0].get_xlabel().endswith("cold item")
     assert RunCard.load(curve.save(tmp_path / "curve")).settings["of"] == "items"
 
 

@@ -22,7 +22,7 @@ from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.sensor import SensorEncoder
-from mmllmrec.features.towers import load_language, load_vision
+from mmllmrec.features.towers import load_language, load_vision, randomised_language, randomised_vision
 from mmllmrec.models.base import read_tensors
 from mmllmrec.models.hybrid import Hybrid
 from mmllmrec.runcard import content_hash
@@ -64,6 +64,8 @@ class Unified(Hybrid):
     catalogue: ``image`` and ``text`` through the towers, raw ``audio`` and ``sensor`` through small encoders that are
     trained here, and a table of features through a perceptron. ``modalities`` limits them; ``paths`` and ``fusion`` say
     what is fused and how (``Backbone``). ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
+    ``random_weights`` is a control: the towers' architectures without what pretraining gave them, drawn by their
+    libraries' own initialisers at building; such a model is not loaded again, since saved adapters bring no towers.
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {
@@ -89,6 +91,7 @@ class Unified(Hybrid):
         fusion: str = "concat",
         prompt: str = "item",
         whiten: bool = True,
+        random_weights: bool = False,
         **options: Any,
     ):
         preset = Preset(**preset) if isinstance(preset, dict) else preset
@@ -108,6 +111,7 @@ class Unified(Hybrid):
             modalities=None if modalities is None else list(reads),
             fusion=fusion,
             prompt=prompt,
+            random_weights=random_weights,
             **options,
         )
         self.config["paths"] = list(paths)
@@ -116,6 +120,8 @@ class Unified(Hybrid):
         nano = shipped("adapters/nano-base") if "nano" in (preset.vision, preset.language) else Path()
         self._vision = load_vision(str(nano / "clip") if preset.vision == "nano" else preset.vision)
         self._language = load_language(str(nano / "language") if preset.language == "nano" else preset.language)
+        if random_weights:
+            self._vision, self._language = randomised_vision(self._vision), randomised_language(self._language)
         self.base_hash = content_hash(self._vision.hash, self._language.hash)
         self.preset, self.prompt, self.catalog = preset, load_prompt(prompt), catalog
         self.modalities = reads
@@ -131,7 +137,7 @@ class Unified(Hybrid):
             paths=paths,
             fusion=fusion,
         )
-        if (preset.vision, preset.language, preset.soft) == ("nano", "nano", 4):
+        if (preset.vision, preset.language, preset.soft) == ("nano", "nano", 4) and not random_weights:
             state = read_tensors(nano / "resampler.safetensors")
             self.backbone.read.data.copy_(state.pop("read"))
             self.backbone.resampler.load_state_dict(state)
