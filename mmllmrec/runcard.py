@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -88,10 +89,8 @@ def versions() -> dict[str, str]:
 def reset_peak_memory() -> None:
     """Let ``peak_memory_mb`` count from now on, where the system can (Linux: 5 to /proc/self/clear_refs sets VmHWM to
     what is resident now); elsewhere the peak stays that of the whole program."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
 
 
 def peak_memory_mb() -> float:

@@ -134,7 +134,8 @@ def test_k_shot_of_items_reveals_the_same_number_of_each(tmp_path):
     assert split.test_opened == 1 and curve.card.test_opened == 1
     means = curve.frame.set_index(["system", "k"])["mean"]
     assert means["Oracle", 0] > 2 * means["Popularity", 0]
-    assert "known of a cold item, test of cold_items" in str(curve) and curve.plot().axes[0].get_xlabel().endswith("cold item")
+    assert "known of a cold item, test of cold_items" in str(curve)
+    assert curve.plot().axes[0].get_xlabel().endswith("cold item")
     assert RunCard.load(curve.save(tmp_path / "curve")).settings["of"] == "items"
 
 

@@ -196,8 +196,8 @@ class Catalog:
         return self._pixels[size]
 
     def signal(self, modality: str) -> np.ndarray:
-        """Sound or sensor readings, (I, T) float32; absent rows are zero: read ``present``. A channel that was taken away
-        (``without_channels``) is NaN."""
+        """Sound or sensor readings, (I, T) float32; absent rows are zero: read ``present``. A channel that was taken
+        away (``without_channels``) is NaN."""
         if modality in self.features and modality not in self.dataset.column_names:
             rows = self._rows.get(modality)
             return self._worn(modality, self.features[modality] if rows is None else self.features[modality][rows])
@@ -350,8 +350,8 @@ class Catalog:
 
     def without_channels(self, modality: str, share: float, *, seed: int) -> Catalog:
         """A ``share`` of each item's channels of a sensor missing (NaN in ``signal``), drawn an item; a larger share
-        takes the same ones and more. Raises ``DataError`` for a modality that is not the catalogue's raw sensor, and for
-        a share outside 0..1."""
+        takes the same ones and more. Raises ``DataError`` for a modality that is not the catalogue's raw sensor, and
+        for a share outside 0..1."""
         _share(share)
         self._known(modality)
         if modality != "sensor" or modality not in self.dataset.column_names:

@@ -215,8 +215,8 @@ def cold_both(
     ratio: tuple[float, float, float] = (8, 1, 1),
     seed: int = 0,
 ) -> Split:
-    """``fraction`` of the items and ``users`` of the users held out of training whole, so that one model serves the rows
-    of both: as ``cold_items`` holds out items (the same ones for a seed), and ``cold_users`` users.
+    """``fraction`` of the items and ``users`` of the users held out of training whole, so that one model serves the
+    rows of both: as ``cold_items`` holds out items (the same ones for a seed), and ``cold_users`` users.
 
     An event of a cold user goes to that user's part, whatever its item, so that a cold user's history is in one part;
     one of another user with a cold item to the item's part; the others are divided per user in ``ratio``. Tables and

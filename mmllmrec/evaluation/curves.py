@@ -1,4 +1,4 @@
-"""Curves: what a handful of events is worth to users or items that training has not seen, and what missing content costs.
+"""Curves: what a handful of events is worth to users or items that training has not seen; what missing content costs.
 
 Legend: N events, k events revealed.
 """
@@ -50,7 +50,9 @@ class Curve:
         for name, part in self.frame.groupby("system", sort=False):
             style = "-" if part["adapts"].all() else "--"
             (line,) = axis.plot(part[self.axis], part["mean"], style, marker="o", markersize=4, label=name)
-            axis.fill_between(part[self.axis], part["low"], part["high"], color=line.get_color(), alpha=0.15, linewidth=0)
+            axis.fill_between(
+                part[self.axis], part["low"], part["high"], color=line.get_color(), alpha=0.15, linewidth=0
+            )
         axis.set_xticks(sorted(self.frame[self.axis].unique()))
         axis.set_xlabel(self.label)
         axis.set_ylabel(self.metric)
@@ -158,9 +160,9 @@ def missing_content(
 
     ``of="modalities"``: a share of the items lose one modality each (``Catalog.thinned``); ``"channels"``: each item
     loses that share of its sensor's channels (``Catalog.without_channels``), for models that read a sensor channel by
-    channel. The same content is missing for every system. ``row`` is a row of the split's table (``protocols.rankings``).
-    A scorer without ``with_catalog`` reads no content and stays where it is (``adapts`` is False). Raises ``DataError``
-    for another ``of``, for shares outside 0..1, and for a row that the split has not.
+    channel. The same content is missing for every system. ``row`` is a row of the split's table
+    (``protocols.rankings``). A scorer without ``with_catalog`` reads no content and stays where it is (``adapts`` is
+    False). Raises ``DataError`` for another ``of``, for shares outside 0..1, and for a row that the split has not.
     """
     if of not in ("modalities", "channels"):
         raise DataError(f"of={of!r}: use 'modalities' or 'channels'")

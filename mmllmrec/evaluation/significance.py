@@ -43,7 +43,7 @@ def paired_bootstrap(
 
 @dataclass(frozen=True)
 class Difference:
-    """What ``clustered_bootstrap`` found of a less b: the difference, and relative to b, each with a 95% interval; p."""
+    """What ``clustered_bootstrap`` finds of a less b: the difference, and relative to b, each with its 95% interval."""
 
     difference: float
     low: float
