@@ -4,7 +4,9 @@ A bench goes on where it was cut off: a seed whose report is in the folder is re
 fitted goes on from its checkpoint.
 """
 
+from mmllmrec.bench.answer import Answer
 from mmllmrec.bench.published import PARITY, QUICKSTART, beside, lastfm, movielens, quickstart
+from mmllmrec.bench.questions import q1, q2, q3, q4
 from mmllmrec.bench.run import (
     CLASSICAL,
     METRICS,
@@ -24,6 +26,7 @@ __all__ = [
     "PARITY",
     "QUICKSTART",
     "SOFTMAX",
+    "Answer",
     "Entry",
     "Summary",
     "beside",
@@ -31,6 +34,10 @@ __all__ = [
     "lastfm",
     "model_of",
     "movielens",
+    "q1",
+    "q2",
+    "q3",
+    "q4",
     "quickstart",
     "run_seed",
     "settings_of",

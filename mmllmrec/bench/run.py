@@ -121,7 +121,7 @@ def run_seed(
     folder: Path,
     first: str | None = None,
     beside: Sequence[Any] = (),
-    more: Callable[[dict[str, Any]], Mapping[str, Sequence[float]]] | None = None,
+    more: Callable[[dict[str, Any], Any], Mapping[str, Sequence[float]]] | None = None,
     about: Mapping[str, Any] | None = None,
     mask: str = "train+valid",
     quick: int | None = None,
@@ -130,9 +130,9 @@ def run_seed(
     """Fit and test every entry on one split under one seed; the report's card, and the report beside it.
 
     ``first`` (the last entry without it) is the report's first system, whose controls are asked for; ``beside`` are
-    further scorers. ``more`` gets the runs by name and gives further metrics for the card, ``"system | row | metric":
-    [value, ...]``; ``about`` is what they depend on. ``quick`` bounds the epochs (smoke tests); ``done`` is called with
-    the name of each entry when it is fitted.
+    further scorers. ``more`` gets the runs by name and the report, and gives further metrics for the card, ``"system |
+    row | metric": [value, ...]``; ``about`` is what they depend on. ``quick`` bounds the epochs (smoke tests); ``done``
+    is called with the name of each entry when it is fitted.
     """
     from mmllmrec.evaluation.report import evaluate
     from mmllmrec.training.fit import fit
@@ -162,7 +162,9 @@ def run_seed(
     against = [*named.values(), *beside]
     report = evaluate(leader, split, against=against, on="test", mask=mask, controls=controls, seed=seed)
     report.card.settings |= {"bench": key, "fit": asked}
-    report.card.metrics |= {k: list(v) for k, v in more(runs).items()} if more else {}
+    if more is not None:
+        report.card.metrics |= {k: list(v) for k, v in more(runs, report).items()}
+        report.card.test_opened = split.test_opened
     report.save(folder / "report")
     return report.card
 

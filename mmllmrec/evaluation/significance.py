@@ -85,7 +85,7 @@ def clustered_bootstrap(
     ``combine`` turns the rows' means over users, (..., M) -> (...), into the number that is compared (the harmonic mean
     of two rows, say). 95% percentile intervals; p is two-sided, twice the smaller share of resampled differences on one
     side of 0, never below 2 / (R + 1) (as ``paired_bootstrap``). Seeds are not resampled: three are too few. The
-    relative ones are NaN where b is 0. Raises ``ValueError`` when the users differ or none has a value.
+    relative ones are NaN where b is 0, and their bounds infinite where it is in a resample. Raises ``ValueError`` when the users differ or none has a value.
     """
     here = ~np.isnan(a)
     if a.shape != b.shape or not np.array_equal(here, ~np.isnan(b)):
@@ -105,8 +105,9 @@ def clustered_bootstrap(
     counts = weights.sum(axis=0)
     mine, theirs = float(combine(left.sum(0) / counts)), float(combine(right.sum(0) / counts))
     low, high = np.percentile(x - y, [2.5, 97.5])
-    ratio = np.divide(x, y, out=np.full_like(x, np.nan), where=y > 0) - 1
-    share_low, share_high = np.percentile(ratio, [2.5, 97.5])
+    # a resample in which b is 0 has no bound above; the percentiles are draws, since nothing lies between one and that
+    ratio = np.divide(x, y, out=np.full_like(x, np.inf), where=y > 0) - 1
+    share_low, share_high = np.percentile(ratio, [2.5, 97.5], method="inverted_cdf")
     side = min((x <= y).sum(), (x >= y).sum())
     p = min(1.0, 2 * (side + 1) / (resamples + 1))
     relative = mine / theirs - 1 if theirs > 0 else float("nan")
