@@ -110,10 +110,6 @@ class Answer:
         with pd.option_context("display.width", 250, "display.max_columns", 40):
             parts = [self.title]
             parts += [f"{heading}\n{self.table(heading).to_string()}" for heading in self.layout.tables]
-            parts += [
-                f"{NDCG} by {line.label}: {title}\n{self.curve(title).round(4).to_string()}"
-                for title, line in self.layout.curves.items()
-            ]
         told = self.told()
         if told:
             parts.append("\n".join(["verdicts (users resampled, clustered over seeds; p Holm-corrected)", *told]))
@@ -149,8 +145,10 @@ class Answer:
                 axis.errorbar(list(line.rows), values, yerr=deviation, marker="o", markersize=3, label=str(system))
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(line.label, fontsize=8)
+            axis.set_xticks(list(line.rows))
             axis.set_ylim(bottom=0)
-            axis.legend(frameon=False, fontsize=6)
+            if axis is axes[0][-1]:
+                axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         for axis in axes[0]:
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()

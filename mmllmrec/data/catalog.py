@@ -252,6 +252,8 @@ class Catalog:
         A raw modality that only one of them has is absent in the other's items. Raises ``DataError`` for a shared item
         id, and for tables of features that only one has or that are of other widths.
         """
+        if any(c._rows or c._noise or c._blurred or c._holes for c in (self, other)):
+            raise DataError("a shuffled, noised or randomised catalogue cannot be joined: join first, then change it")
         widths = [{m: t.shape[1] for m, t in c.features.items()} for c in (self, other)]
         if widths[0] != widths[1]:
             raise DataError(f"catalogues with features {widths[0]} and {widths[1]} cannot be joined")
@@ -261,10 +263,7 @@ class Catalog:
         absent = {
             m: ~np.concatenate([self.present(m), other.present(m)]) for m in (*self.modalities, *other.modalities)
         }
-        found = Catalog(rows, ids, features=features, absent=absent, name=self.name)
-        if any(c._rows or c._noise or c._blurred or c._holes for c in (self, other)):
-            raise DataError("a shuffled, noised or randomised catalogue cannot be joined: join first, then change it")
-        return found
+        return Catalog(rows, ids, features=features, absent=absent, name=self.name)
 
     # -- controls ---------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,8 @@ def clustered_bootstrap(
     ``combine`` turns the rows' means over users, (..., M) -> (...), into the number that is compared (the harmonic mean
     of two rows, say). 95% percentile intervals; p is two-sided, twice the smaller share of resampled differences on one
     side of 0, never below 2 / (R + 1) (as ``paired_bootstrap``). Seeds are not resampled: three are too few. The
-    relative ones are NaN where b is 0, and their bounds infinite where it is in a resample. Raises ``ValueError`` when the users differ or none has a value.
+    relative ones are NaN where b is 0, and their bounds infinite where it is 0 in a resample. Raises ``ValueError``
+    when the users differ or none has a value.
     """
     here = ~np.isnan(a)
     if a.shape != b.shape or not np.array_equal(here, ~np.isnan(b)):
