@@ -20,11 +20,12 @@ from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.report import HARMONIC
+from mmllmrec.runcard import content_hash
 from mmllmrec.seed import seed_everything
 
 VALID = "validation ndcg@20"
 COSTS = ("trained parameters", "seconds", "peak MiB", VALID)
-SHARED = "fits"  # under the folder of the searches: fitted rows that searched rows are built from
+FITS = "fits"  # under the folder of the searches: fits that several questions, or searches, have in common
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ def ask(
     the question's split for seeds 0, 1, ...; ``card.json`` and ``table.txt`` in ``folder``.
 
     The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
-    those of all seeds. What was done is read: trials, fits and seeds' reports. ``quick`` bounds the epochs. Raises
-    ``DataError`` for fewer than one seed, and for a folder that holds the results of other settings or data.
+    those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
+    one split is fitted once. What was done is read: trials, fits and seeds' reports. ``quick`` bounds the epochs.
+    Raises ``DataError`` for fewer than one seed, and for a folder that holds the results of other settings or data.
     """
     if seeds < 1:
         raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
@@ -77,6 +79,7 @@ def ask(
     searched = [r for r in rows if r.space]
     bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
     tuned = _searches(rows, asked.data, budget, quick, bar)
+    by_name = {r.name: r for r in rows}
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
@@ -115,6 +118,7 @@ def ask(
             beside=question.beside,
             more=more,
             about=about,
+            places={r.name: _place(budget, asked.data, split, seed, r, by_name, tuned) for r in rows},
             quick=quick,
             done=done,
         )
@@ -161,7 +165,8 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
             seed_everything(0)
             best = found[row.search]
             model = row.build(split, made, **best.options)
-            made[name] = fit(model, split, seed=0, folder=place / SHARED / name, progress=shown, **best.settings)
+            where = _place(budget, data, split, 0, row, by_name, found)
+            made[name] = fit(model, split, seed=0, folder=where, progress=shown, **best.settings)
         return made[name]
 
     for row in rows:
@@ -186,6 +191,22 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
         )
         bar.update()
     return found
+
+
+def _place(
+    budget: Budget,
+    data: RecDataset,
+    split: Split,
+    seed: int,
+    row: Row,
+    by_name: Mapping[str, Row],
+    tuned: Mapping[str, Any],
+) -> Path:
+    """Where the fit of a row on a split lies: its name, and a hash of all that decides it."""
+    behind = (row, *(by_name[name] for name in row.after))
+    parts = [(r.name, r.search, tuned[r.search].options, tuned[r.search].settings) for r in behind]
+    name = f"{row.name}, {content_hash(split.hash, parts)[:8]}"
+    return budget.folder / data.name / FITS / f"{split.name}, seed {seed}" / name
 
 
 def _costs(run: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mmllmrec.bench.answer import COST, NDCG, Answer, Claim, Column, Layout, Line
 from mmllmrec.bench.ask import VALID, Budget, Question, ask
+from mmllmrec.bench.measures import RECOVERED, knocked_out, named, points, recovered
 from mmllmrec.bench.rows import (
     TWIN,
     Row,
@@ -28,17 +29,13 @@ from mmllmrec.bench.rows import (
     unified_row,
     vector_row,
 )
-from mmllmrec.bench.run import Named
 from mmllmrec.data import splits
-from mmllmrec.data.atelier.recovery import FACTORS, recovery
 from mmllmrec.data.atelier.world import Atelier
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
-from mmllmrec.evaluation.controls import controls_of
-from mmllmrec.evaluation.curves import Curve, k_shot, missing_content
+from mmllmrec.evaluation.curves import k_shot, missing_content
 from mmllmrec.evaluation.floors import ContentKNN
-from mmllmrec.evaluation.protocols import rankings, seen_matrix
 from mmllmrec.evaluation.report import HARMONIC
 
 Folder = str | os.PathLike[str]
@@ -49,9 +46,6 @@ COSTS = [Column(what, COST, what, digits=0) for what in ("trained parameters", "
 OF_ORACLE = [Column(f"{row}, of oracle", row, of_oracle=True) for row in ("all", "warm", "cold")]
 USER_EVENTS, ITEM_EVENTS = (0, 1, 3, 5), (0, 1, 2, 4)
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
-# what is printed of per-factor recovery: a factor, or the mean of those that one modality alone shows
-RECOVERED = {"image-only": ("hue", "pattern"), "text-only": ("material", "occasion"), "XOR": ("interaction",)}
-RECOVERED |= {name: (name,) for name in ("kind", "chime", "scent")}
 KNOCKED = ("without", "noised", "shuffled")
 
 
@@ -165,10 +159,10 @@ def q2(
     items = {float(k): f"cold item, {k} events" for k in ITEM_EVENTS}
 
     def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
-        systems = [*_named(runs), ContentKNN(split.train, catalog=split.catalog)]
+        systems = [*named(runs), ContentKNN(split.train, catalog=split.catalog)]
         found: dict[str, list[float]] = {}
         for of, ks, names in (("users", USER_EVENTS, users), ("items", ITEM_EVENTS, items)):
-            found |= _points(k_shot(systems, split, of=of, ks=ks, on="test", seed=seed), names)
+            found |= points(k_shot(systems, split, of=of, ks=ks, on="test", seed=seed), names)
         return found
 
     question = Question(
@@ -239,11 +233,11 @@ def q3(
     ceilings = _oracles(asked, sets)
 
     def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
-        found = _points(missing_content(_named(runs), split, shares=SHARES, on="test", seed=seed), lost)
+        found = points(missing_content(named(runs), split, shares=SHARES, on="test", seed=seed), lost)
         if smells:
-            some = [s for s in _named(runs) if s.name in smells]
+            some = [s for s in named(runs) if s.name in smells]
             curve = missing_content(some, split, of="channels", shares=SHARES, on="test", seed=seed)
-            found |= _points(curve, channels)
+            found |= points(curve, channels)
         return found
 
     def missing(rows: Mapping[float, str]) -> list[Column]:
@@ -313,15 +307,8 @@ def q4(
     tables[f"{NDCG} on cold, knocked out at test"] = [Column(name, f"{name}, cold") for name in knocked]
 
     def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
-        found = _recovered(split, runs) if planted else {}
-        seen, target = seen_matrix(split, on="test", mask="train+valid"), split.open_test()
-        for name in variants:
-            for control in knocked:
-                (scorer,) = controls_of(runs[name].model, split.catalog, [control], seed=seed)
-                lists = rankings(scorer, split, target, seen=seen, k=20, seed=seed)
-                for row, title in (("all", control), ("cold", f"{control}, cold")):
-                    found[f"{name} | {title} | {NDCG}"] = [float(lists[row].per_user(NDCG).mean())]
-        return found
+        found = recovered(split, runs) if planted else {}
+        return found | knocked_out(split, {name: runs[name] for name in variants}, knocked, seed=seed)
 
     question = Question(
         "q4",
@@ -349,32 +336,3 @@ def _oracles(asked: Setup, sets: Sequence[tuple[str, ...]]) -> list[Any]:
 
 def _seed(split: Split) -> int:
     return int(split.settings["seed"])
-
-
-def _named(runs: Mapping[str, Any]) -> list[Named]:
-    return [Named(name, run) for name, run in runs.items()]
-
-
-def _points(curve: Curve, names: Mapping[float, str]) -> dict[str, list[float]]:
-    """A curve as metrics of a card, ``"system | row | metric": [mean, low, high]``."""
-    lines = curve.frame.to_dict("records")
-    return {
-        f"{one['system']} | {names[float(one[curve.axis])]} | {curve.metric}": [one["mean"], one["low"], one["high"]]
-        for one in lines
-    }
-
-
-def _recovered(split: Split, runs: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Recovery of each factor on cold items, and of groups of them relative to the twin's: means over mean."""
-    assert isinstance(split.data, Atelier)
-    tables = {
-        name: recovery(run.model, split.data, items=~split.warm_items)["recovery"].to_dict()
-        for name, run in runs.items()
-    }
-    found = {f"{name} | cold | recovery of {f}": [float(table[f])] for name, table in tables.items() for f in FACTORS}
-    for group, factors in RECOVERED.items():
-        ceiling = sum(tables[TWIN][f] for f in factors)
-        if ceiling > 0:  # a world can have a term switched off
-            for name, table in tables.items():
-                found[f"{name} | cold | recovery, {group}"] = [float(sum(table[f] for f in factors) / ceiling)]
-    return found

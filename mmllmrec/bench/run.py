@@ -123,6 +123,7 @@ def run_seed(
     beside: Sequence[Any] = (),
     more: Callable[[dict[str, Any], Any], Mapping[str, Sequence[float]]] | None = None,
     about: Mapping[str, Any] | None = None,
+    places: Mapping[str, Path] | None = None,
     mask: str = "train+valid",
     quick: int | None = None,
     done: Callable[[str], Any] | None = None,
@@ -131,7 +132,8 @@ def run_seed(
 
     ``first`` (the last entry without it) is the report's first system, whose controls are asked for; ``beside`` are
     further scorers. ``more`` gets the runs by name and the report, and gives further metrics for the card, ``"system |
-    row | metric": [value, ...]``; ``about`` is what they depend on. ``quick`` bounds the epochs (smoke tests); ``done``
+    row | metric": [value, ...]``; ``about`` is what they depend on. ``places`` are folders of
+    fits, by name, that lie elsewhere than in ``folder``. ``quick`` bounds the epochs (smoke tests); ``done``
     is called with the name of each entry when it is fitted.
     """
     from mmllmrec.evaluation.report import evaluate
@@ -152,7 +154,8 @@ def run_seed(
         seed_everything(seed)
         model = one.build(split, runs)
         shown = sys.stderr.isatty()
-        run = fit(model, split, seed=seed, folder=folder / one.name, progress=shown, **asked[one.name])
+        place = (places or {}).get(one.name, folder / one.name)
+        run = fit(model, split, seed=seed, folder=place, progress=shown, **asked[one.name])
         runs[one.name] = run
         if done is not None:
             done(one.name)
