@@ -290,3 +290,14 @@ def test_channels_go_missing_an_item_and_stay_gone():
     assert len({row.tobytes() for row in np.isnan(half[here])}) > 20  # drawn an item
     with pytest.raises(DataError, match="only a raw 'sensor'"):
         catalog.without_channels("audio", 0.5, seed=0)
+
+
+def test_a_changed_modality_leaves_the_others_pictures_as_they_are():
+    catalog = atelier(n_items=23, n_users=11, n_events=100, size=8).catalog
+    whole = catalog.pixels(8)
+    assert catalog.noised("text", seed=0).pixels(8) is whole  # not decoded again
+    for other in (catalog.without("image"), catalog.shuffled("image", seed=0), catalog.noised("image", seed=0)):
+        assert not np.array_equal(other.pixels(8), whole)
+    assert np.array_equal(
+        catalog.thinned(1.0, seed=0).pixels(8).any((1, 2, 3)), catalog.thinned(1.0, seed=0).present("image")
+    )

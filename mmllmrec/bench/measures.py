@@ -14,7 +14,7 @@ from mmllmrec.bench.run import Named
 from mmllmrec.data.atelier.recovery import FACTORS, recovery
 from mmllmrec.data.atelier.world import Atelier
 from mmllmrec.data.splits import Split
-from mmllmrec.evaluation.controls import controls_of
+from mmllmrec.evaluation.controls import KINDS
 from mmllmrec.evaluation.curves import Curve
 from mmllmrec.evaluation.protocols import rankings, seen_matrix
 
@@ -58,10 +58,11 @@ def knocked_out(split: Split, runs: Mapping[str, Any], controls: Sequence[str], 
     rows ``"without image"`` and ``"without image, cold"``. Opens the test part once."""
     seen, target = seen_matrix(split, on="test", mask="train+valid"), split.open_test()
     found: dict[str, list[float]] = {}
-    for name, run in runs.items():
-        for control in controls:
-            (scorer,) = controls_of(run.model, split.catalog, [control], seed=seed)
-            lists = rankings(scorer, split, target, seen=seen, k=20, seed=seed)
+    for control in controls:
+        kind, _, modality = control.partition(" ")
+        changed = KINDS[kind](split.catalog, modality, seed)  # once for all runs: its pictures are decoded once
+        for name, run in runs.items():
+            lists = rankings(run.model.with_catalog(changed), split, target, seen=seen, k=20, seed=seed)
             for row, title in (("all", control), ("cold", f"{control}, cold")):
                 found[f"{name} | {title} | {NDCG}"] = [float(lists[row].per_user(NDCG).mean())]
     return found

@@ -77,7 +77,7 @@ def q1(
         vector_row("BPR", loss="softmax"),
         vector_row("LightGCN", loss="softmax"),
         vector_row("VBPR", loss="softmax"),
-        vector_row("LightGCNContent", loss="softmax", name="LightGCNContent (softmax)"),
+        vector_row("LightGCNContent", loss="softmax"),
         vector_row("AlphaRec"),
         two_stage_row(asked),
         two_stage_row(

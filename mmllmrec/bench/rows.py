@@ -166,10 +166,10 @@ def tuned_features(split: Split, run: Any) -> FeatureTable:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def vector_row(kind: str, *, loss: str = "", first: str = "", name: str = "", **more: Any) -> Row:
+def vector_row(kind: str, *, loss: str = "", first: str = "") -> Row:
     """A published system under the softmax: ``loss`` where it is not the published one, ``first`` the row whose latents
-    it stands on, ``more`` fields of ``Row``."""
-    title = name or (f"{kind} ({loss})" if loss else kind)
+    it stands on."""
+    title = f"{kind} ({loss})" if loss else kind
 
     def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
         from mmllmrec import models
@@ -181,8 +181,8 @@ def vector_row(kind: str, *, loss: str = "", first: str = "", name: str = "", **
         content = {"catalog": split.catalog} if hasattr(cls, "with_catalog") else {}
         return cls(split.train, **content, **options)
 
-    fields = {"search": title, "space": SPACES[kind], "start": STARTS.get(kind, {})} | more
-    return Row(title, build, SOFTMAX, after=(first,) if first else (), **fields)
+    after = (first,) if first else ()
+    return Row(title, build, SOFTMAX, title, space=SPACES[kind], start=STARTS.get(kind, {}), after=after)
 
 
 def tuned_vbpr_row(unified: str = "Unified") -> Row:

@@ -267,11 +267,14 @@ class Catalog:
 
     # -- controls ---------------------------------------------------------------------------------------------------
 
-    def _copy(self) -> Catalog:
+    def _copy(self, changed: str) -> Catalog:
+        """A copy of which one modality is about to be changed; pictures that are not are not decoded again."""
         other = Catalog(self.dataset, self.item_ids, features=self.features, absent=self._absent, name=self.name)
         other._rows, other._noise = dict(self._rows), dict(self._noise)
         other._blurred, other._holes = dict(self._blurred), dict(self._holes)
         other.__dict__["_raw_presence"] = self._raw_presence
+        if changed != "image":
+            other._pixels = dict(self._pixels)
         return other
 
     def _known(self, modality: str) -> None:
@@ -281,14 +284,14 @@ class Catalog:
     def without(self, modality: str) -> Catalog:
         """This catalogue with one modality absent everywhere (a knock-out)."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         other._absent[modality] = np.ones(len(self), dtype=bool)
         return other
 
     def shuffled(self, modality: str, *, seed: int) -> Catalog:
         """One modality's content dealt to other items, among those that have it: same contents, no meaning."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         here = np.flatnonzero(self.present(modality))
         rows = self._rows.get(modality, np.arange(len(self))).copy()
         rows[here] = rows[generator(seed, "shuffled", modality).permutation(here)]
@@ -299,7 +302,7 @@ class Catalog:
         """One modality's content replaced by noise where it is present (text: by the words of other items, drawn
         with replacement)."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         if modality == "text":
             here = np.flatnonzero(self.present(modality))
             rows = np.arange(len(self))
@@ -317,7 +320,7 @@ class Catalog:
         clipped to 0..255), sound (one for all) and readings or features (a column's), over the items that have it; of a
         text's words and a title's each time half, drawn at random, are left out."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         here = self.present(modality)
         if modality == "image":
             colours = self.pixels(64)[here].astype(np.float32).transpose(1, 0, 2, 3).reshape(3, -1)
@@ -342,7 +345,7 @@ class Catalog:
         chosen = np.where(self.presence, luck, -1.0).argmax(axis=1) if self.modalities else np.zeros(len(self), int)
         hit = np.zeros(len(self), dtype=bool)
         hit[order[: round(share * len(self))]] = True
-        other = self._copy()
+        other = self._copy("image")
         for column, modality in enumerate(self.modalities):
             other._absent[modality] = ~self.present(modality) | (hit & (chosen == column))
         return other
@@ -355,7 +358,7 @@ class Catalog:
         self._known(modality)
         if modality != "sensor" or modality not in self.dataset.column_names:
             raise DataError(f"without_channels({modality!r}): only a raw 'sensor' has channels that can be missing")
-        other = self._copy()
+        other = self._copy(modality)
         other._holes[modality] = (seed, float(share))
         return other
 
