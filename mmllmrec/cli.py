@@ -33,7 +33,7 @@ Data = Annotated[
 ]
 At = Annotated[Path | None, typer.Option("--path", help="the dataset's folder; otherwise found under MMLLMREC_DATA")]
 Kind = Annotated[
-    str, typer.Option("--split", help="random_per_user, leave_last, temporal, cold_items, cold_users, given")
+    str, typer.Option("--split", help="random_per_user, leave_last, temporal, cold_items, cold_users, cold_both, given")
 ]
 Seed = Annotated[int, typer.Option(help="of the split, the weights and the batches")]
 Seeds = Annotated[int, typer.Option(min=1, help="how many seeds, from 0")]
@@ -535,6 +535,100 @@ def bench_lastfm(
     print(summary)
     if len(table):
         _show(table, "beside the peer")
+
+
+Asked = Annotated[str, typer.Option("--data", help="atelier, atelier-b, movielens-small or lastfm-2k")]
+Trials = Annotated[int, typer.Option(min=1, help="settings tried of every row, on validation")]
+Minutes = Annotated[float, typer.Option(min=0.01, help="of training that every row's search may take")]
+Searches = Annotated[Path, typer.Option("--tuned", help="where searches are kept, shared by q1 to q4")]
+EndToEnd = Annotated[
+    bool, typer.Option("--end-to-end", help="on real data, train the unified model end to end too (planted: always)")
+]
+
+
+def _ask(question: str, **asked: Any) -> None:
+    from mmllmrec import bench
+
+    asked["end_to_end"] = asked["end_to_end"] or None
+    print(getattr(bench, question)(**asked))
+
+
+@bench_app.command("q1")
+def bench_q1(
+    data: Asked = "atelier",
+    path: At = None,
+    seeds: Seeds = 3,
+    trials: Trials = 6,
+    minutes: Minutes = 10.0,
+    folder: Folder = Path("runs/q1"),
+    tuned: Searches = Path("runs/tuned"),
+    end_to_end: EndToEnd = False,
+) -> None:
+    """Q1, one unified model: does training extraction and encoding together beat extracting first, encoding later?
+
+    ID-only, content and two-stage rows, each tuned with the same budget; controls trained from scratch and at test; the
+    factor-fed twin on planted data; verdicts with intervals.
+
+    Example: [bold]mmllmrec bench q1 --data atelier --seeds 3[/bold]
+    """
+    _ask("q1", **locals())
+
+
+@bench_app.command("q2")
+def bench_q2(
+    data: Asked = "atelier",
+    path: At = None,
+    seeds: Seeds = 3,
+    trials: Trials = 6,
+    minutes: Minutes = 10.0,
+    folder: Folder = Path("runs/q2"),
+    tuned: Searches = Path("runs/tuned"),
+    end_to_end: EndToEnd = False,
+) -> None:
+    """Q2, cold start: new items and new users, from content alone or from a handful of events.
+
+    The cold-start systems beside the unified model on one split that holds out items and users; curves by the number of
+    events known.
+
+    Example: [bold]mmllmrec bench q2 --data movielens-small --path ~/data/movielens-small-posters[/bold]
+    """
+    _ask("q2", **locals())
+
+
+@bench_app.command("q3")
+def bench_q3(
+    data: Asked = "atelier",
+    path: At = None,
+    seeds: Seeds = 3,
+    trials: Trials = 6,
+    minutes: Minutes = 10.0,
+    folder: Folder = Path("runs/q3"),
+    tuned: Searches = Path("runs/tuned"),
+    end_to_end: EndToEnd = False,
+) -> None:
+    """Q3, more senses: what sound and sensors add to pictures and words, and what missing content costs.
+
+    Example: [bold]mmllmrec bench q3 --data lastfm-2k --path ~/data/lastfm-2k-audio[/bold]
+    """
+    _ask("q3", **locals())
+
+
+@bench_app.command("q4")
+def bench_q4(
+    data: Asked = "atelier",
+    path: At = None,
+    seeds: Seeds = 3,
+    trials: Trials = 6,
+    minutes: Minutes = 10.0,
+    folder: Folder = Path("runs/q4"),
+    tuned: Searches = Path("runs/tuned"),
+    end_to_end: EndToEnd = False,
+) -> None:
+    """Q4, fusion: early, late and both; which of the planted tastes each finds, and knock-outs at test.
+
+    Example: [bold]mmllmrec bench q4 --data atelier-b[/bold]
+    """
+    _ask("q4", **locals())
 
 
 def main() -> None:

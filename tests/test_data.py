@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from mmllmrec.data import sampling, splits
+from mmllmrec.data.atelier import atelier
 from mmllmrec.data.catalog import Catalog, open_picture
 from mmllmrec.data.dataset import RecDataset, load_dataset
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
@@ -217,3 +218,86 @@ def test_missing_dataset_says_how_to_get_it(monkeypatch):
         load_dataset("movielens-small")
     with pytest.raises(DataError, match="unknown dataset 'nope'"):
         load_dataset("nope")
+
+
+def test_cold_both_holds_out_items_and_users_at_once_and_keeps_a_users_events_together():
+    data = atelier(n_items=211, n_users=101, n_events=3000, modalities=())
+    split = splits.cold_both(data, fraction=0.2, users=0.1, seed=3)
+    parts = (split.train, split.valid, split._test)
+    cells = [set(zip(p.users.tolist(), p.items.tolist(), strict=True)) for p in parts]
+    assert sum(map(len, cells)) == len(data.interactions) and not cells[0] & cells[1] and not cells[1] & cells[2]
+    held = splits.cold_items(data, fraction=0.2, seed=3)
+    assert (~split.warm_items[~held.warm_items]).all()  # the cold items are those of cold_items
+    assert (~split.warm_items).sum() == pytest.approx(0.2 * 211, abs=3)
+    cold = np.flatnonzero(split.cold_users)
+    assert len(cold) == pytest.approx(0.1 * 101, abs=1)
+    in_valid, in_test = split.valid.user_counts[cold] > 0, split._test.user_counts[cold] > 0
+    assert (in_valid ^ in_test).all() and in_test.sum() == pytest.approx(len(cold) / 2, abs=1)
+    assert splits.cold_both(data, seed=3).hash == split.hash != splits.cold_both(data, seed=4).hash
+    with pytest.raises(DataError, match="users=0"):
+        splits.cold_both(data, users=0)
+
+
+def test_thinned_takes_one_modality_of_some_items_and_more_of_the_same_with_a_larger_share():
+    catalog = atelier(n_items=101, n_users=31, n_events=600, size=8).catalog
+    before = catalog.presence
+    some, most = catalog.thinned(0.3, seed=1).presence, catalog.thinned(0.8, seed=1).presence
+    assert np.array_equal(catalog.thinned(0.0, seed=1).presence, before)
+    lost = (before & ~some).sum(1)
+    assert not (some & ~before).any() and set(lost.tolist()) == {0, 1} and lost.sum() == 30
+    assert not (most & ~some).any() and (before & ~most).sum() == 81
+    assert (before & ~most).any(0).all()  # every modality is lost by some item
+    assert not np.array_equal(catalog.thinned(0.3, seed=2).presence, some)
+    with pytest.raises(DataError, match=r"share=1\.5"):
+        catalog.thinned(1.5, seed=0)
+
+
+def test_noised_content_is_there_and_hard_to_perceive():
+    catalog = atelier(n_items=101, n_users=31, n_events=600, size=8).catalog
+    for modality in catalog.modalities:
+        noised = catalog.noised(modality, seed=1)
+        assert np.array_equal(noised.presence, catalog.presence)
+        assert noised.hash == catalog.noised(modality, seed=1).hash != catalog.hash
+        assert noised.hash != catalog.noised(modality, seed=2).hash
+    here = catalog.present("sensor")
+    added = (catalog.noised("sensor", seed=1).signal("sensor") - catalog.signal("sensor"))[here]
+    assert added.std(0) == pytest.approx(catalog.signal("sensor")[here].std(0), rel=0.5)
+    assert not catalog.noised("sensor", seed=1).signal("sensor")[~here].any()
+    sound = catalog.signal("audio")[catalog.present("audio")]
+    added = (catalog.noised("audio", seed=1).signal("audio") - catalog.signal("audio"))[catalog.present("audio")]
+    assert added.std() == pytest.approx(sound.std(), rel=0.05)
+    noised, shown = catalog.noised("image", seed=1), catalog.present("image")
+    moved = noised.pixels(8)[shown].astype(float) - catalog.pixels(8)[shown]
+    assert 0.3 < moved.std() / catalog.pixels(8)[shown].astype(float).std() <= 1.1  # clipped
+    assert not noised.pixels(8)[~shown].any() and noised.picture(int(np.flatnonzero(shown)[0])).startswith(b"\x89PNG")
+    for old, new in zip(catalog.words(), catalog.noised("text", seed=1).words(), strict=True):
+        words, left = old["text"].split(), new["text"].split()
+        assert len(left) == len(words) - len(words) // 2
+        rest = iter(words)
+        assert all(word in rest for word in left)  # in their order
+    with pytest.raises(DataError, match="cannot be joined"):
+        noised.joined(catalog)
+
+
+def test_channels_go_missing_an_item_and_stay_gone():
+    catalog = atelier(n_items=53, n_users=31, n_events=600, size=8).catalog
+    here = catalog.present("sensor")
+    half, most = (catalog.without_channels("sensor", s, seed=1).signal("sensor") for s in (0.5, 0.75))
+    assert (np.isnan(half[here]).sum(1) == 8).all() and (np.isnan(most[here]).sum(1) == 12).all()
+    assert not np.isnan(half[~here]).any() and not (np.isnan(half) & ~np.isnan(most)).any()
+    kept = ~np.isnan(half)
+    assert np.array_equal(half[kept], catalog.signal("sensor")[kept])
+    assert len({row.tobytes() for row in np.isnan(half[here])}) > 20  # drawn an item
+    with pytest.raises(DataError, match="only a raw 'sensor'"):
+        catalog.without_channels("audio", 0.5, seed=0)
+
+
+def test_a_changed_modality_leaves_the_others_pictures_as_they_are():
+    catalog = atelier(n_items=23, n_users=11, n_events=100, size=8).catalog
+    whole = catalog.pixels(8)
+    assert catalog.noised("text", seed=0).pixels(8) is whole  # not decoded again
+    for other in (catalog.without("image"), catalog.shuffled("image", seed=0), catalog.noised("image", seed=0)):
+        assert not np.array_equal(other.pixels(8), whole)
+    assert np.array_equal(
+        catalog.thinned(1.0, seed=0).pixels(8).any((1, 2, 3)), catalog.thinned(1.0, seed=0).present("image")
+    )

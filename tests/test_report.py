@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 from mmllmrec.data import splits
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
-from mmllmrec.evaluation.curves import k_shot
+from mmllmrec.evaluation.curves import k_shot, missing_content
 from mmllmrec.evaluation.floors import ContentKNN, Popularity
 from mmllmrec.evaluation.ranking import rank
 from mmllmrec.evaluation.report import evaluate
@@ -84,7 +84,7 @@ def test_controls_are_rows_of_the_same_model_reading_something_else():
     report = evaluate(floor, split, controls=["without text", "shuffled image", "random sensor"], floors=False)
     assert report.names[:4] == ["knn", "knn, without text", "knn, shuffled image", "knn, random sensor"]
     assert report.mean("knn, without text", "cold only") < report.mean("knn", "cold only")
-    assert len(evaluate(floor, split, controls=True, floors=False).names) == 1 + 4 * 3 + 1  # and the oracle
+    assert len(evaluate(floor, split, controls=True, floors=False).names) == 1 + 4 * 4 + 1  # and the oracle
     with pytest.raises(DataError, match=r"control 'loud audio': write one of .*'without image'"):
         evaluate(floor, split, controls=["loud audio"])
     with pytest.raises(DataError, match="EASE reads no content"):
@@ -134,7 +134,8 @@ def test_k_shot_of_items_reveals_the_same_number_of_each(tmp_path):
     assert split.test_opened == 1 and curve.card.test_opened == 1
     means = curve.frame.set_index(["system", "k"])["mean"]
     assert means["Oracle", 0] > 2 * means["Popularity", 0]
-    assert "cold items, test of cold_items" in str(curve) and curve.plot().axes[0].get_xlabel().endswith("cold item")
+    assert "known of a cold item, test of cold_items" in str(curve)
+    assert curve.plot().axes[0].get_xlabel().endswith("cold item")
     assert RunCard.load(curve.save(tmp_path / "curve")).settings["of"] == "items"
 
 
@@ -158,3 +159,58 @@ def test_paired_bootstrap_is_calibrated_and_finds_a_difference():
 
 def test_holm_by_hand():
     np.testing.assert_allclose(holm(np.array([0.04, 0.001, 0.02])), [0.04, 0.003, 0.04])
+
+
+def test_content_goes_missing_for_all_alike_and_is_not_missed_by_who_reads_none(tmp_path):
+    split = splits.cold_items(atelier(n_items=211, n_users=211, n_events=6000, size=8, missing=0.0), seed=0)
+    floor = ContentKNN(split.train, catalog=split.catalog)
+    curve = missing_content([floor, Popularity(split.train)], split, shares=(0, 0.5, 1.0), row="cold only", on="test")
+    means = curve.frame.set_index(["system", "missing"])["mean"]
+    whole = evaluate(floor, split, on="test", floors=False)
+    assert means["ContentKNN", 0] == pytest.approx(whole.mean("ContentKNN", "cold only"))
+    less = evaluate(floor.with_catalog(split.catalog.thinned(0.5, seed=0)), split, on="test", floors=False)
+    assert means["ContentKNN", 0.5] == pytest.approx(less.mean("ContentKNN", "cold only"))
+    assert (
+        means["ContentKNN", 1.0] < means["ContentKNN", 0.5] < means["ContentKNN", 0]
+        and means["Popularity"].nunique() == 1
+    )
+    assert curve.frame.groupby("system")["adapts"].first().to_dict() == {"ContentKNN": True, "Popularity": False}
+    assert curve.plot().axes[0].get_xlabel() == "share of items that lose a modality"
+    assert RunCard.load(curve.save(tmp_path / "curve")).settings["row"] == "cold only"
+    for wrong, message in (
+        ({"of": "words"}, "of='words'"),
+        ({"shares": (2,)}, "shares="),
+        ({"row": "cool"}, "row='cool'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            missing_content([floor], split, **wrong)
+
+
+def test_rows_of_cold_items_are_of_users_that_training_knows():
+    split = splits.cold_both(atelier(n_items=211, n_users=211, n_events=6000, modalities=()), users=0.3, seed=0)
+    oracle, warm, known = Table(split.data.utilities(np.arange(211))), split.warm_items, ~split.cold_users
+    report = evaluate(oracle, split, on="test", floors=False)
+    test = split._test
+    for row, chosen in (
+        ("warm", warm[test.items] & known[test.users]),
+        ("cold", ~warm[test.items] & known[test.users]),
+        ("cold users", ~known[test.users]),
+        ("all", np.ones(len(test), dtype=bool)),
+    ):
+        assert set(report.users[row]) == set(test.users[chosen])
+        alone = rank(oracle, test.select(chosen), seen=split.train.csr + split.valid.csr)
+        np.testing.assert_array_equal(alone.per_user("ndcg@20"), report.per_user("Table", row))
+    # and a curve has one thing new at a time
+    seen = []
+
+    class Watch(EASE):
+        def with_history(self, history):
+            seen.append(history)
+            return super().with_history(history)
+
+    for of in ("users", "items"):
+        k_shot([Watch(split.train, reg=50.0)], split, of=of, ks=(0, 2), on="test")
+    for history, of in zip(seen, ("users", "items"), strict=True):
+        new = (history.csr - split.train.csr).tocoo()
+        cold_user, cold_item = ~known[new.coords[0]], ~warm[new.coords[1]]
+        assert (cold_user == (of == "users")).all() and (cold_item == (of == "items")).all() and len(new.data)

@@ -1,13 +1,14 @@
 """Run cards as files: what is written is read, and a list of numbers takes one line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmllmrec.runcard import RunCard, write_atomically, write_json
+from mmllmrec.runcard import RunCard, peak_memory_mb, reset_peak_memory, write_atomically, write_json
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(
@@ -50,3 +51,15 @@ def test_what_is_no_card_is_named(tmp_path):
     (tmp_path / "card.json").write_text('{"king": "fit"}')
     with pytest.raises(ValueError, match=r"card\.json is not a run card"):
         RunCard.load(tmp_path / "card.json")
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot forget a peak")
+def test_a_peak_is_forgotten_and_counted_anew():
+    block = np.ones(300 * 2**17)  # 300 MiB, touched
+    high = peak_memory_mb()
+    del block
+    reset_peak_memory()
+    low = peak_memory_mb()
+    assert low < high - 200
+    np.ones(100 * 2**17)
+    assert low + 80 < peak_memory_mb() < high

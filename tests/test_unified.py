@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmllmrec.data.atelier import atelier
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap
 from mmllmrec.data.sampling import Batch
@@ -468,3 +469,47 @@ def test_a_store_is_no_part_of_a_saved_model_and_goes_on_with_a_trained_one(pres
     loaded = Unified.from_pretrained(folder, catalog=said)
     torch.testing.assert_close(other.embed()[1], loaded.embed()[1], atol=1e-6, rtol=0)
     assert set(Store(tmp_path / "store").info()["name"]) == {"language:below:1", "clip:below:1"}
+
+
+def test_random_towers_are_drawn_at_building_and_nothing_of_the_pretrained_ones_is_left():
+    data = atelier(n_items=31, n_users=17, n_events=200, size=8)
+
+    def towers(seed, **options):
+        seed_everything(seed)
+        model = Unified.from_preset("nano", data=data.interactions, catalog=data.catalog, **options)
+        adapted = ("lora_", "bias", "ln_", "norm", "layernorm")
+        return model, {
+            n: p.detach().clone()
+            for n, p in model.backbone.named_parameters()
+            if n.startswith(("vision.", "language.")) and not any(a in n for a in adapted)
+        }
+
+    (pretrained, whole), (one, a), (same, b), (other, c) = (
+        towers(0),
+        *(towers(s, random_weights=True) for s in (0, 0, 1)),
+    )
+    assert a.keys() == whole.keys()
+    for name, p in a.items():
+        assert torch.equal(p, b[name]) and not torch.equal(p, c[name]) and not torch.equal(p, whole[name]), name
+        assert 0.05 < float(p.std() / whole[name].std()) < 20, name
+    assert one.base_hash == same.base_hash and len({m.base_hash for m in (pretrained, one, other)}) == 3
+    assert not torch.equal(one.backbone.read, pretrained.backbone.read)
+    assert torch.isfinite(one.all_content()).all() and one.config["random_weights"]
+
+
+def test_a_sensors_channels_can_be_missing_at_scoring_time():
+    data = atelier(n_items=31, n_users=17, n_events=200, size=8, missing=0.0)
+    seed_everything(0)
+    model = Unified.from_preset("nano", data=data.interactions, catalog=data.catalog, modalities=("text", "sensor"))
+    with model.evaluating():
+        whole = model.all_content()
+        part, none, absent = (
+            model.with_catalog(c).all_content()
+            for c in (
+                data.catalog.without_channels("sensor", 0.5, seed=0),
+                data.catalog.without_channels("sensor", 1.0, seed=0),
+                data.catalog.without("sensor"),
+            )
+        )
+    assert all(torch.isfinite(x).all() for x in (part, none, absent))
+    assert not torch.allclose(part, whole) and not torch.allclose(none, part)

@@ -60,6 +60,8 @@ class Catalog:
         self._rows: dict[str, np.ndarray] = {}  # modality -> the row that an item's content is read from (controls)
         self._pixels: dict[int, np.ndarray] = {}
         self._noise: dict[str, int] = {}
+        self._blurred: dict[str, tuple[int, np.ndarray]] = {}  # modality -> seed and deviations of added noise
+        self._holes: dict[str, tuple[int, float]] = {}  # modality -> seed and share of an item's channels that are gone
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -134,10 +136,17 @@ class Catalog:
             return [{"title": "", "text": ""} for _ in range(len(self))]
         texts, titles, present = self.dataset["text"], self.titles, self.present("text")
         rows = self._rows.get("text", np.arange(len(self)))
-        return [
+        found = [
             {"title": titles[r], "text": texts[r]} if here else {"title": "", "text": ""}
             for r, here in zip(rows, present, strict=True)
         ]
+        if "text" in self._blurred:
+            seed = self._blurred["text"][0]
+            found = [
+                {k: _half(v, generator(seed, "noised", k, item)) for k, v in fields.items()}
+                for item, fields in enumerate(found)
+            ]
+        return found
 
     def image(self, item: int) -> Image.Image | None:
         """The decoded RGB picture of an item, or None where it is absent.
@@ -152,14 +161,17 @@ class Catalog:
         )
 
     def picture(self, item: int) -> bytes | None:
-        """An item's picture as it is stored, encoded, or None where it is absent; noise where it was ``randomised``."""
+        """An item's picture as it is stored, encoded, or None where it is absent; with noise where it was ``noised``,
+        and nothing else where it was ``randomised``."""
         if not self.present("image")[item]:
             return None
         if "image" in self._noise:
-            pixels = generator(self._noise["image"], "image", item).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG")
-            return buffer.getvalue()
+            return _png(generator(self._noise["image"], "image", item).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        if "image" in self._blurred:
+            picture = self.image(item)
+            assert picture is not None
+            seed, spread = self._blurred["image"]
+            return _png(_hazed(np.asarray(picture), spread[:, 0, 0], generator(seed, "noised image", item)))
         cell = self.dataset[self._row("image", item)]["image"]
         data: bytes = cell.get("bytes") or Path(cell["path"]).read_bytes()
         return data
@@ -175,15 +187,20 @@ class Catalog:
                 table[item] = np.asarray(fitted).transpose(2, 0, 1)
             if "image" in self._noise:
                 table = generator(self._noise["image"], "image").integers(0, 256, table.shape, dtype=np.uint8)
+            if "image" in self._blurred:
+                seed, spread = self._blurred["image"]
+                for item in np.flatnonzero(self.present("image")):
+                    table[item] = _hazed(table[item], spread, generator(seed, "noised image", item))
             table.setflags(write=False)
             self._pixels[size] = table
         return self._pixels[size]
 
     def signal(self, modality: str) -> np.ndarray:
-        """Sound or sensor readings, (I, T) float32; absent rows are zero: read ``present``."""
+        """Sound or sensor readings, (I, T) float32; absent rows are zero: read ``present``. A channel that was taken
+        away (``without_channels``) is NaN."""
         if modality in self.features and modality not in self.dataset.column_names:
             rows = self._rows.get(modality)
-            return self.features[modality] if rows is None else self.features[modality][rows]
+            return self._worn(modality, self.features[modality] if rows is None else self.features[modality][rows])
         present, lengths = self.present(modality), self._lengths(modality)
         rows = self._rows.get(modality, np.arange(len(self)))
         width = int(lengths.max(initial=0))
@@ -200,6 +217,19 @@ class Catalog:
         table[~present] = 0.0
         if modality in self._noise:
             table = generator(self._noise[modality], modality).normal(size=table.shape).astype(np.float32)
+        return self._worn(modality, table)
+
+    def _worn(self, modality: str, table: np.ndarray) -> np.ndarray:
+        """A signal's table (I, T) as ``noised`` and ``without_channels`` leave it."""
+        present = self.present(modality)[:, None]
+        if modality in self._blurred:
+            seed, spread = self._blurred[modality]
+            noise = generator(seed, "noised", modality).normal(size=table.shape) * spread
+            table = np.where(present, table + noise, table).astype(np.float32)
+        if modality in self._holes:
+            seed, share = self._holes[modality]
+            place = generator(seed, "channels", modality).random(table.shape).argsort(axis=1).argsort(axis=1)
+            table = np.where(present & (place < round(share * table.shape[1])), np.float32(np.nan), table)
         return table
 
     @cached_property
@@ -212,6 +242,7 @@ class Catalog:
                 if cell is not None:
                     digest.update(cell.get("bytes") or Path(cell["path"]).read_bytes())
             parts += [digest.digest(), self._rows.get("image", np.zeros(0))]
+            parts += list(self._blurred.get("image", ()))
         parts += [self.signal(m) for m in self.modalities if m not in ("image", "text")]
         return content_hash(*parts)
 
@@ -221,6 +252,8 @@ class Catalog:
         A raw modality that only one of them has is absent in the other's items. Raises ``DataError`` for a shared item
         id, and for tables of features that only one has or that are of other widths.
         """
+        if any(c._rows or c._noise or c._blurred or c._holes for c in (self, other)):
+            raise DataError("a shuffled, noised or randomised catalogue cannot be joined: join first, then change it")
         widths = [{m: t.shape[1] for m, t in c.features.items()} for c in (self, other)]
         if widths[0] != widths[1]:
             raise DataError(f"catalogues with features {widths[0]} and {widths[1]} cannot be joined")
@@ -230,17 +263,18 @@ class Catalog:
         absent = {
             m: ~np.concatenate([self.present(m), other.present(m)]) for m in (*self.modalities, *other.modalities)
         }
-        found = Catalog(rows, ids, features=features, absent=absent, name=self.name)
-        if self._rows or other._rows or self._noise or other._noise:
-            raise DataError("a shuffled or randomised catalogue cannot be joined: join first, then shuffle")
-        return found
+        return Catalog(rows, ids, features=features, absent=absent, name=self.name)
 
     # -- controls ---------------------------------------------------------------------------------------------------
 
-    def _copy(self) -> Catalog:
+    def _copy(self, changed: str) -> Catalog:
+        """A copy of which one modality is about to be changed; pictures that are not are not decoded again."""
         other = Catalog(self.dataset, self.item_ids, features=self.features, absent=self._absent, name=self.name)
         other._rows, other._noise = dict(self._rows), dict(self._noise)
+        other._blurred, other._holes = dict(self._blurred), dict(self._holes)
         other.__dict__["_raw_presence"] = self._raw_presence
+        if changed != "image":
+            other._pixels = dict(self._pixels)
         return other
 
     def _known(self, modality: str) -> None:
@@ -250,14 +284,14 @@ class Catalog:
     def without(self, modality: str) -> Catalog:
         """This catalogue with one modality absent everywhere (a knock-out)."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         other._absent[modality] = np.ones(len(self), dtype=bool)
         return other
 
     def shuffled(self, modality: str, *, seed: int) -> Catalog:
         """One modality's content dealt to other items, among those that have it: same contents, no meaning."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         here = np.flatnonzero(self.present(modality))
         rows = self._rows.get(modality, np.arange(len(self))).copy()
         rows[here] = rows[generator(seed, "shuffled", modality).permutation(here)]
@@ -268,7 +302,7 @@ class Catalog:
         """One modality's content replaced by noise where it is present (text: by the words of other items, drawn
         with replacement)."""
         self._known(modality)
-        other = self._copy()
+        other = self._copy(modality)
         if modality == "text":
             here = np.flatnonzero(self.present(modality))
             rows = np.arange(len(self))
@@ -280,6 +314,76 @@ class Catalog:
         else:
             other._noise[modality] = seed
         return other
+
+    def noised(self, modality: str, *, seed: int) -> Catalog:
+        """One modality made hard to perceive, not gone: gaussian noise of one standard deviation on pixels (a colour's,
+        clipped to 0..255), sound (one for all) and readings or features (a column's), over the items that have it; of a
+        text's words and a title's each time half, drawn at random, are left out."""
+        self._known(modality)
+        other = self._copy(modality)
+        here = self.present(modality)
+        if modality == "image":
+            colours = self.pixels(64)[here].astype(np.float32).transpose(1, 0, 2, 3).reshape(3, -1)
+            spread = colours.std(axis=1)[:, None, None]
+        elif modality == "text":
+            spread = np.zeros(0)
+        else:
+            rows = self.signal(modality)[here]
+            spread = np.nanstd(rows) if modality == "audio" else np.nanstd(rows, axis=0)
+        other._blurred[modality] = (seed, np.asarray(spread, dtype=np.float32))
+        return other
+
+    def thinned(self, share: float, *, seed: int) -> Catalog:
+        """A ``share`` of the items, 0 to 1, without one modality more: which, drawn among those each has.
+
+        One order of the items and one choice an item are drawn from ``seed``: what is gone at a smaller share is gone
+        at a larger one too. Raises ``DataError`` for a share outside 0..1.
+        """
+        _share(share)
+        rng = generator(seed, "thinned")
+        order, luck = rng.permutation(len(self)), rng.random(self.presence.shape)
+        chosen = np.where(self.presence, luck, -1.0).argmax(axis=1) if self.modalities else np.zeros(len(self), int)
+        hit = np.zeros(len(self), dtype=bool)
+        hit[order[: round(share * len(self))]] = True
+        other = self._copy("image")
+        for column, modality in enumerate(self.modalities):
+            other._absent[modality] = ~self.present(modality) | (hit & (chosen == column))
+        return other
+
+    def without_channels(self, modality: str, share: float, *, seed: int) -> Catalog:
+        """A ``share`` of each item's channels of a sensor missing (NaN in ``signal``), drawn an item; a larger share
+        takes the same ones and more. Raises ``DataError`` for a modality that is not the catalogue's raw sensor, and
+        for a share outside 0..1."""
+        _share(share)
+        self._known(modality)
+        if modality != "sensor" or modality not in self.dataset.column_names:
+            raise DataError(f"without_channels({modality!r}): only a raw 'sensor' has channels that can be missing")
+        other = self._copy(modality)
+        other._holes[modality] = (seed, float(share))
+        return other
+
+
+def _share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise DataError(f"share={share}: a share, from 0 to 1")
+
+
+def _half(text: str, rng: np.random.Generator) -> str:
+    """A text with half of its words, rounded down, left out; the others in their order."""
+    words = text.split()
+    kept = np.sort(rng.permutation(len(words))[: len(words) - len(words) // 2])
+    return " ".join(words[n] for n in kept)
+
+
+def _hazed(pixels: np.ndarray, spread: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pixels with gaussian noise of these deviations, (..., ) uint8."""
+    return np.clip(pixels + rng.normal(size=pixels.shape) * spread, 0, 255).round().astype(np.uint8)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def open_picture(source: bytes | str | Path, *, what: str) -> Image.Image:

@@ -207,6 +207,33 @@ def cold_users(
     return _hold_out("cold_users", data, kind[x.users], ratio, rng, fraction=fraction, seed=seed)
 
 
+def cold_both(
+    data: RecDataset,
+    *,
+    fraction: float = 0.2,
+    users: float = 0.1,
+    ratio: tuple[float, float, float] = (8, 1, 1),
+    seed: int = 0,
+) -> Split:
+    """``fraction`` of the items and ``users`` of the users held out of training whole, so that one model serves the
+    rows of both: as ``cold_items`` holds out items (the same ones for a seed), and ``cold_users`` users.
+
+    An event of a cold user goes to that user's part, whatever its item, so that a cold user's history is in one part;
+    one of another user with a cold item to the item's part; the others are divided per user in ``ratio``. Tables and
+    curves take the two apart: their rows warm, cold and cold only are about users whom training knows, and a cold
+    user's curve about items that it knows.
+    """
+    for name, value in (("fraction", fraction), ("users", users)):
+        if not 0 < value < 1:
+            raise DataError(f"{name}={value}: a share, between 0 and 1")
+    x = data.interactions
+    items = _stratified(x.item_counts, fraction, generator(seed, "cold_items"))[x.items]
+    people = _stratified(x.user_counts, users, generator(seed, "cold_users"))[x.users]
+    kind = np.where(people == TRAIN, items, people)
+    settings = {"fraction": fraction, "users_fraction": users, "seed": seed}
+    return _hold_out("cold_both", data, kind, ratio, generator(seed, "cold_both"), **settings)
+
+
 def _stratified(counts: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """TRAIN, VALID or TEST for each id: in each run of ids of like count the same share is held out. (n,) -> (n,)."""
     order = np.lexsort((rng.random(len(counts)), counts))
@@ -238,7 +265,7 @@ def _hold_out(
 
 
 SPLITS: dict[str, Callable[..., Split]] = {
-    f.__name__: f for f in (random_per_user, leave_last, temporal, cold_items, cold_users, given)
+    f.__name__: f for f in (random_per_user, leave_last, temporal, cold_items, cold_users, cold_both, given)
 }
 
 

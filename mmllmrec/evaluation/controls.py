@@ -17,6 +17,7 @@ KINDS: dict[str, Callable[[Catalog, str, int], Catalog]] = {
     "without": lambda catalog, modality, seed: catalog.without(modality),
     "shuffled": lambda catalog, modality, seed: catalog.shuffled(modality, seed=seed),
     "random": lambda catalog, modality, seed: catalog.randomised(modality, seed=seed),
+    "noised": lambda catalog, modality, seed: catalog.noised(modality, seed=seed),
 }
 
 
@@ -36,8 +37,8 @@ def controls_of(scorer: Any, catalog: Catalog, asked: bool | Sequence[str], *, s
     """The controls of a scorer that reads content (``with_catalog``), none retrained.
 
     ``asked`` is True for every kind on every modality the scorer reads, or names some: ``"without image"``,
-    ``"shuffled text"``, ``"random audio"``. Raises ``DataError`` for a scorer that reads no content and for a name that
-    is none.
+    ``"shuffled text"``, ``"random audio"``, ``"noised sensor"``. Raises ``DataError`` for a scorer that reads no
+    content and for a name that is none.
     """
     if not asked:
         return []

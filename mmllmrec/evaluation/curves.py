@@ -1,4 +1,4 @@
-"""Curves: what a handful of events is worth to users or items that training has not seen.
+"""Curves: what a handful of events is worth to users or items that training has not seen; what missing content costs.
 
 Legend: N events, k events revealed.
 """
@@ -17,7 +17,7 @@ import pandas as pd
 
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.splits import Split
-from mmllmrec.evaluation.protocols import seen_matrix
+from mmllmrec.evaluation.protocols import rankings, seen_matrix
 from mmllmrec.evaluation.ranking import find, name_of, top
 from mmllmrec.evaluation.report import scorer_of
 from mmllmrec.evaluation.significance import interval
@@ -27,29 +27,34 @@ from mmllmrec.seed import generator
 
 @dataclass
 class Curve:
-    """Means over users at each k: ``frame`` has a row a (system, k): mean, low, high (95%), users, adapts."""
+    """Means over users at each place of an axis: ``frame`` has a row a (system, place): mean, low, high (95%), users,
+    adapts. ``axis`` is the column of the places (``"k"``, ``"missing"``), ``label`` what it is called in a figure."""
 
     frame: pd.DataFrame
     metric: str
     card: RunCard
+    axis: str = "k"
+    label: str = ""
 
     def table(self) -> pd.DataFrame:
-        """A line a system, a column a number of events: mean +- half of the 95% interval."""
+        """A line a system, a column a place: mean +- half of the 95% interval."""
         f = self.frame
         cells = [f"{m:.4f} ±{(b - a) / 2:.4f}" for m, a, b in zip(f["mean"], f["low"], f["high"], strict=True)]
-        return f.assign(cell=cells).pivot(index="system", columns="k", values="cell").loc[f["system"].unique()]
+        return f.assign(cell=cells).pivot(index="system", columns=self.axis, values="cell").loc[f["system"].unique()]
 
     def plot(self) -> Any:
-        """A line a system with its 95% interval; dashed where the system takes no history. Returns the figure."""
+        """A line a system with its 95% interval; dashed where the system cannot follow. Returns the figure."""
         import matplotlib.pyplot as plt
 
         figure, axis = plt.subplots(figsize=(5.5, 3.4))
         for name, part in self.frame.groupby("system", sort=False):
             style = "-" if part["adapts"].all() else "--"
-            (line,) = axis.plot(part["k"], part["mean"], style, marker="o", markersize=4, label=name)
-            axis.fill_between(part["k"], part["low"], part["high"], color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set_xticks(sorted(self.frame["k"].unique()))
-        axis.set_xlabel(f"events known of a cold {self.card.settings['of'][:-1]}")
+            (line,) = axis.plot(part[self.axis], part["mean"], style, marker="o", markersize=4, label=name)
+            axis.fill_between(
+                part[self.axis], part["low"], part["high"], color=line.get_color(), alpha=0.15, linewidth=0
+            )
+        axis.set_xticks(sorted(self.frame[self.axis].unique()))
+        axis.set_xlabel(self.label)
         axis.set_ylabel(self.metric)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
@@ -70,7 +75,7 @@ class Curve:
     def __str__(self) -> str:
         s = self.card
         where = f"{s.settings['on']} of {s.split['name']}({s.data})"
-        return f"{self.metric} at k events of cold {s.settings['of']}, {where}\n{self.table().to_string()}"
+        return f"{self.metric} by {self.label}, {where}\n{self.table().to_string()}"
 
     def _repr_html_(self) -> str:
         return self.table().to_html()
@@ -92,8 +97,9 @@ def k_shot(
     Of each cold user (item) with more than max(ks) events in the part ``on``, max(ks) drawn by ``seed`` may be
     revealed; the others are to be found, the same ones at every k, so that only the history moves the curve. What may
     be revealed is masked at every k. A scorer with ``with_history`` gets training events and the k revealed ones;
-    another one cannot use them and stays where it is (``adapts`` is False). Raises ``DataError`` when no cold one has
-    enough events.
+    another one cannot use them and stays where it is (``adapts`` is False). One thing at a time is new: a cold user's
+    events are those with items that training knows, a cold item's those of users it knows. Raises ``DataError`` when no
+    cold one has enough events.
     """
     if of not in ("users", "items"):
         raise DataError(f"of={of!r}: use 'users' or 'items'")
@@ -134,7 +140,71 @@ def k_shot(
         seconds=round(time.perf_counter() - began, 3),
         test_opened=split.test_opened,
     )
-    return Curve(pd.DataFrame(rows, columns=["system", "k", "mean", "low", "high", "users", "adapts"]), metric, card)
+    frame = pd.DataFrame(rows, columns=["system", "k", "mean", "low", "high", "users", "adapts"])
+    return Curve(frame, metric, card, label=f"events known of a cold {of[:-1]}")
+
+
+def missing_content(
+    systems: Sequence[Any],
+    split: Split,
+    *,
+    of: str = "modalities",
+    shares: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8),
+    row: str = "all",
+    on: str = "valid",
+    mask: str = "train+valid",
+    metric: str = "ndcg@20",
+    seed: int = 0,
+) -> Curve:
+    """Rank when content is missing at scoring time, nothing being trained again.
+
+    ``of="modalities"``: a share of the items lose one modality each (``Catalog.thinned``); ``"channels"``: each item
+    loses that share of its sensor's channels (``Catalog.without_channels``), for models that read a sensor channel by
+    channel. The same content is missing for every system. ``row`` is a row of the split's table
+    (``protocols.rankings``). A scorer without ``with_catalog`` reads no content and stays where it is (``adapts`` is
+    False). Raises ``DataError`` for another ``of``, for shares outside 0..1, and for a row that the split has not.
+    """
+    if of not in ("modalities", "channels"):
+        raise DataError(f"of={of!r}: use 'modalities' or 'channels'")
+    if not shares or not 0 <= min(shares) <= max(shares) <= 1:
+        raise DataError(f"shares={tuple(shares)}: give shares from 0 to 1, such as (0, 0.4, 0.8)")
+    began = time.perf_counter()
+    seen = seen_matrix(split, on=on, mask=mask)
+    target = split.open_test() if on == "test" else split.valid
+    catalogs = [
+        split.catalog.thinned(s, seed=seed)
+        if of == "modalities"
+        else split.catalog.without_channels("sensor", s, seed=seed)
+        for s in shares
+    ]
+    rows = []
+    for system in systems:
+        scorer = scorer_of(system)
+        adapts = hasattr(scorer, "with_catalog")
+        values = np.zeros(0)
+        for share, catalog in zip(shares, catalogs, strict=True):
+            if adapts or not len(values):
+                one = scorer.with_catalog(catalog) if adapts and share else scorer
+                found = rankings(one, split, target, seen=seen, k=int(metric.partition("@")[2] or 0), seed=seed)
+                if row not in found:
+                    raise DataError(f"row={row!r}: {split.name} has {list(found)}")
+                values = found[row].per_user(metric)
+            rows.append([name_of(system), share, values.mean(), *interval(values), len(values), adapts])
+    card = RunCard(
+        kind="curve",
+        name="missing content",
+        seed=seed,
+        data=split.data.name,
+        split=split.describe(),
+        settings={"of": of, "shares": list(shares), "row": row, "on": on, "mask": mask if on == "test" else "train"}
+        | {"metric": metric},
+        metrics={f"{s} | {share} | {metric}": [m, low, high] for s, share, m, low, high, _, _ in rows},
+        seconds=round(time.perf_counter() - began, 3),
+        test_opened=split.test_opened,
+    )
+    frame = pd.DataFrame(rows, columns=["system", "missing", "mean", "low", "high", "users", "adapts"])
+    what = "items that lose a modality" if of == "modalities" else "an item's channels that are missing"
+    return Curve(frame, metric, card, axis="missing", label=f"share of {what}")
 
 
 def _dealt(
@@ -142,8 +212,8 @@ def _dealt(
 ) -> tuple[Interactions, np.ndarray, np.ndarray]:
     """The events of cold users (items), each one's place, from 0, in a random order of its owner's, and how many the
     owner has: (N,) each."""
-    cold = split.cold_users[target.users] if of == "users" else ~split.warm_items[target.items]
-    events = target.select(cold)
+    cold_user, cold_item = split.cold_users[target.users], ~split.warm_items[target.items]
+    events = target.select(cold_user & ~cold_item if of == "users" else cold_item & ~cold_user)
     owner = events.users if of == "users" else events.items
     order = np.lexsort((rng.random(len(owner)), owner))
     place = np.empty(len(owner), dtype=np.int64)

@@ -28,23 +28,24 @@ def rankings(
 ) -> dict[str, Ranking]:
     """A ranking for each row of a table that the split has.
 
-    ``all``: every positive. ``warm``, ``cold``: positives that have, have not, a training event, ranked among the whole
-    catalogue. ``cold only``: cold positives among cold items. ``cold users``: users without a training event. Rows that
-    share their candidates share one ranking; embeddings are computed once.
+    ``all``: every positive of every user. ``warm``, ``cold``: positives that have, have not, a training event, ranked
+    among the whole catalogue; ``cold only``: cold positives among cold items; these three of users with a training
+    event, so that one thing at a time is new. ``cold users``: users without a training event. Rows that share their
+    candidates share one ranking; embeddings are computed once.
     """
     scorer = frozen(scorer)
     users = np.flatnonzero(target.user_counts > 0)
     lists = top(scorer, users, target.n_items, seen=seen, k=k, seed=seed)
     warm = split.warm_items
-    is_warm = warm[target.items]
+    of_cold_users = split.cold_users[target.users]
+    is_warm, is_cold = (x & ~of_cold_users for x in (warm[target.items], ~warm[target.items]))
     found = {"all": find(lists, target)}
-    if not is_warm.all():
+    if is_cold.any():
         if is_warm.any():
             found["warm"] = find(lists, target.select(is_warm))
-        cold = target.select(~is_warm)
+        cold = target.select(is_cold)
         found["cold"] = find(lists, cold)
         found["cold only"] = rank(scorer, cold, seen=seen, k=k, seed=seed, candidates=~warm)
-    of_cold_users = split.cold_users[target.users]
     if of_cold_users.any():
         found["cold users"] = find(lists, target.select(of_cold_users))
     return found

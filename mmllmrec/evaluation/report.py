@@ -54,9 +54,9 @@ def evaluate(
 
     ``on="test"`` opens the sealed part, and the card says how often that has been done; choose on ``"valid"``. At test,
     train and validation positives are masked (``mask="train"``: train's alone). A planted dataset brings its oracle.
-    ``controls`` adds rows of ``system`` with a modality gone, shuffled or random at scoring time: True for all, or some
-    by name (``["without image", "shuffled text"]``). ``folder`` saves the report. Raises ``DataError`` when two systems
-    share a name.
+    ``controls`` adds rows of ``system`` with a modality gone, shuffled, random or noised at scoring time: True for all,
+    or some by name (``["without image", "shuffled text"]``). ``folder`` saves the report. Raises ``DataError`` when two
+    systems share a name.
     """
     began = time.perf_counter()
     seen = seen_matrix(split, on=on, mask=mask)

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,37 @@ def load_language(source: str) -> Language:
         raise DataError(f"language model {source!r}: an encoder with a decoder; take one that is either")
     causal = not _sees_ahead(model)
     return Language(model, tokenizer, causal, config.hidden_size, weights_hash(model))
+
+
+def randomised_vision(vision: Vision) -> Vision:
+    """The same image tower with the weights open_clip gives one that is not pretrained, drawn from torch's seed: a
+    control. Its parts draw their own (``reset_parameters``); its class token, positions and projection are normal with
+    deviation width^-1/2, as ``VisionTransformer`` makes them."""
+    tower: Any = copy.deepcopy(vision.model)
+    for part in tower.modules():
+        if callable(getattr(part, "reset_parameters", None)):
+            part.reset_parameters()
+        elif isinstance(part, nn.MultiheadAttention):
+            part._reset_parameters()
+    with torch.no_grad():
+        for name in ("class_embedding", "positional_embedding", "proj"):
+            own = getattr(tower, name, None)
+            if isinstance(own, nn.Parameter):
+                own.normal_(std=tower.transformer.width**-0.5)
+    return replace(vision, model=tower, hash=weights_hash(tower))
+
+
+def randomised_language(language: Language) -> Language:
+    """The same language model with the weights ``transformers`` gives one that is not pretrained, drawn from torch's
+    seed: a control."""
+    model = type(language.model)(language.model.config)  # type: ignore[arg-type]
+    if getattr(language.model, "pooler", None) is None and hasattr(model, "pooler"):
+        model.pooler = None  # type: ignore[assignment]
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    model = model.eval()
+    return replace(language, model=model, hash=weights_hash(model))
 
 
 def _sees_ahead(model: Any) -> bool:

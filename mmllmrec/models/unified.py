@@ -26,7 +26,7 @@ from mmllmrec.features.extractor import source_name
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.sensor import SensorEncoder
 from mmllmrec.features.store import Store
-from mmllmrec.features.towers import load_language, load_vision
+from mmllmrec.features.towers import load_language, load_vision, randomised_language, randomised_vision
 from mmllmrec.models.base import read_tensors
 from mmllmrec.models.hybrid import Hybrid, check_rate
 from mmllmrec.runcard import content_hash
@@ -70,6 +70,8 @@ class Unified(Hybrid):
     what is fused and how (``Backbone``). ``lr_lora`` is the adapters' learning rate, in multiples of the one
     that ``fit`` is given. ``store`` keeps what the frozen layers say of an item (see ``from_preset``); it is no part of
     a saved model. ``whiten=False`` leaves the heads' whitening to weights that are loaded next.
+    ``random_weights`` is a control: the towers' architectures without what pretraining gave them, drawn by their
+    libraries' own initialisers at building; such a model is not loaded again, since saved adapters bring no towers.
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {
@@ -97,6 +99,7 @@ class Unified(Hybrid):
         lr_lora: float = 1.0,
         store: Store | str | os.PathLike[str] | None = None,
         whiten: bool = True,
+        random_weights: bool = False,
         **options: Any,
     ):
         preset = Preset(**preset) if isinstance(preset, dict) else preset
@@ -117,6 +120,7 @@ class Unified(Hybrid):
             fusion=fusion,
             prompt=prompt,
             lr_lora=lr_lora,
+            random_weights=random_weights,
             **options,
         )
         self.config["paths"] = list(paths)
@@ -128,6 +132,8 @@ class Unified(Hybrid):
         nano = shipped("adapters/nano-base") if "nano" in (preset.vision, preset.language) else Path()
         self._vision = load_vision(str(nano / "clip") if preset.vision == "nano" else preset.vision)
         self._language = load_language(str(nano / "language") if preset.language == "nano" else preset.language)
+        if random_weights:
+            self._vision, self._language = randomised_vision(self._vision), randomised_language(self._language)
         self.base_hash = content_hash(self._vision.hash, self._language.hash)
         self.preset, self.prompt, self.catalog = preset, load_prompt(prompt), catalog
         self.modalities = reads
@@ -143,7 +149,7 @@ class Unified(Hybrid):
             paths=paths,
             fusion=fusion,
         )
-        if (preset.vision, preset.language, preset.soft) == ("nano", "nano", 4):
+        if (preset.vision, preset.language, preset.soft) == ("nano", "nano", 4) and not random_weights:
             state = read_tensors(nano / "resampler.safetensors")
             self.backbone.read.data.copy_(state.pop("read"))
             self.backbone.resampler.load_state_dict(state)

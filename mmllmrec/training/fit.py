@@ -27,7 +27,7 @@ from mmllmrec.data.sampling import Batch, blocks_of, epoch, item_blocks
 from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.protocols import validation_score
 from mmllmrec.models.base import Recommender
-from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, write_json
+from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, reset_peak_memory, write_json
 from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
 
@@ -122,6 +122,7 @@ def fit(
         raise DataError(f"schedule={schedule!r}: use 'constant' or 'cosine'")
     starts = _starts(model, stages)
     began = time.perf_counter()
+    reset_peak_memory()  # the card's peak is the fit's, of all resident then: what was loaded before counts
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -151,6 +152,7 @@ def fit(
     if not model.trainable:
         score = validation_score(model, split.train, split.valid, metric=monitor)
         card.metrics, card.seconds = {monitor: score}, round(time.perf_counter() - began, 3)
+        card.peak_memory_mb = peak_memory_mb()
         return Run(model, pd.DataFrame({"epoch": [0], monitor: [score]}), 0, score, card.seconds, card)
 
     seed_everything(seed)
@@ -218,6 +220,7 @@ def fit(
     def keep() -> None:
         add_up()
         state["spent"] = spent + time.perf_counter() - began
+        state["peak"] = max(state.get("peak", 0.0), peak_memory_mb())
         if place is not None:
             gather()
             kept = checkpoint.moments(inner)
@@ -300,7 +303,7 @@ def fit(
         tracker.finish()
     checkpoint.restore(model, best)
     card.seconds = round(spent + time.perf_counter() - began, 3)
-    card.peak_memory_mb = peak_memory_mb()
+    card.peak_memory_mb = state.get("peak", peak_memory_mb())  # a run that is only read again had its peak in training
     card.metrics = {monitor: state["best_score"], "best_epoch": state["best_epoch"]}
     card.model["weights"] = content_hash(*(p for k, v in sorted(best.items()) for p in (k, v.float().numpy())))
     if place is not None and accelerator.is_main_process:

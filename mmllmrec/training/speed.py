@@ -148,7 +148,7 @@ def measure(*, system: str, size: dict[str, Any], repeats: int) -> dict[str, Any
     model: Any = models.classes()[name](split.train, **content, **config)
     if not model.trainable:
         model.score(np.zeros(1, dtype=np.int64))  # computed when first needed
-    built = time.perf_counter() - began
+    built, peak = time.perf_counter() - began, peak_memory_mb()
     found: dict[str, Any] = {BUILD: round(built, 4), EPOCH: None, SAMPLES: None}
     if model.trainable:
         # the first epoch warms up; the last one's seconds hold the only validation
@@ -157,7 +157,7 @@ def measure(*, system: str, size: dict[str, Any], repeats: int) -> dict[str, Any
         median = statistics.median(taken)
         found |= {EPOCH: round(median, 4), SAMPLES: round(len(split.train) / median)}
         found |= {"epochs": [round(t, 4) for t in taken], "losses": [history["bpr"].iloc[n] for n in (0, -1)]}
-    return found | {PEAK: round(peak_memory_mb()), "threads": torch.get_num_threads()}
+    return found | {PEAK: round(max(peak, peak_memory_mb())), "threads": torch.get_num_threads()}
 
 
 def _apart(asked: dict[str, Any], threads: int | None) -> dict[str, Any]:

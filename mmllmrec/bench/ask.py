@@ -1,0 +1,220 @@
+"""Asking a question: one search a row on validation, every row over the seeds, and the answer of all of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from mmllmrec.bench.answer import COST, Answer, Claim, Layout, judge
+from mmllmrec.bench.rows import Row, Setup
+from mmllmrec.bench.run import METRICS, Entry, card_of, frame_of, run_seed
+from mmllmrec.data import splits
+from mmllmrec.data.dataset import RecDataset
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.report import HARMONIC
+from mmllmrec.runcard import content_hash
+from mmllmrec.seed import seed_everything
+
+VALID = "validation ndcg@20"
+COSTS = ("trained parameters", "seconds", "peak MiB", VALID)
+FITS = "fits"  # under the folder of the searches: fits that several questions, or searches, have in common
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every search gets: trials, and minutes of training; and where searches are kept."""
+
+    trials: int
+    minutes: float | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """A comparison: its rows, the split of a seed, scorers beside the rows (``beside``), further metrics of a seed's
+    runs (``more``), the claims that are judged, and sentences on the finished answer (``notes``). ``first`` is the
+    system whose controls at test are rows."""
+
+    name: str
+    title: str
+    rows: Sequence[Row]
+    layout: Layout
+    split: Callable[[RecDataset, int], Split]
+    claims: Sequence[Claim] = ()
+    controls: tuple[str, ...] = ()
+    first: str = "Unified"
+    beside: Sequence[Any] = ()
+    more: Callable[[Split, Mapping[str, Any], int], dict[str, list[float]]] = lambda split, runs, seed: {}
+    notes: Callable[[Answer], list[str]] = field(default=lambda answer: [])
+
+
+def ask(
+    question: Question,
+    asked: Setup,
+    *,
+    seeds: int,
+    budget: Budget,
+    folder: str | os.PathLike[str],
+    quick: int | None = None,
+) -> Answer:
+    """Search each row's settings on the validation part of ``cold_items`` with seed 0, then fit and test all rows on
+    the question's split for seeds 0, 1, ...; ``card.json`` and ``table.txt`` in ``folder``.
+
+    The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
+    those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
+    one split is fitted once. What was done is read: trials, fits and seeds' reports. ``quick`` bounds the epochs.
+    Raises ``DataError`` for fewer than one seed, and for a folder that holds the results of other settings or data.
+    """
+    if seeds < 1:
+        raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
+    rows, place = question.rows, Path(folder)
+    searched = [r for r in rows if r.space]
+    bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
+    tuned = _searches(rows, asked.data, budget, quick, bar)
+    by_name = {r.name: r for r in rows}
+
+    def one(seed: int) -> Any:
+        split = question.split(asked.data, seed)
+        entries = [
+            Entry(
+                r.name,
+                lambda split, made, r=r: r.build(split, made, **tuned[r.search].options),  # type: ignore[misc]
+                tuned[r.search].settings,
+                question.controls if r.name == question.first else False,
+            )
+            for r in rows
+        ]
+        # what decides a seed's numbers besides the split and the settings of fit
+        about = {r.name: tuned[r.search].options for r in rows} | {"controls": list(question.controls)}
+
+        def more(runs: Mapping[str, Any], report: Any) -> dict[str, list[float]]:
+            found = {f"{n} | {COST} | {what}": [v] for n, run in runs.items() for what, v in _costs(run).items()}
+            if {"warm", "cold"} <= set(report.rows):
+                for name in report.names:
+                    for metric in METRICS[:2]:
+                        found[f"{name} | {HARMONIC} | {metric}"] = [report.mean(name, HARMONIC, metric)]
+            return found | question.more(split, runs, seed)
+
+        def done(name: str) -> None:
+            bar.set_description(f"{question.name}: seed {seed}, {name}")
+            bar.update()
+
+        where = place / f"seed{seed}"
+        fresh = bar.n
+        card = run_seed(
+            split,
+            entries,
+            seed=seed,
+            folder=where,
+            first=question.first,
+            beside=question.beside,
+            more=more,
+            about=about,
+            places={r.name: _place(budget, asked.data, split, seed, r, by_name, tuned) for r in rows},
+            quick=quick,
+            done=done,
+        )
+        bar.update(len(rows) - (bar.n - fresh))  # a seed that was only read
+        return card
+
+    cards = [one(seed) for seed in range(seeds)]
+    bar.close()
+    metrics = {*METRICS[:2], *(k.split(" | ")[2] for c in cards for k in c.metrics if f" | {COST} | " in k)}
+    metrics |= {c.metric for columns in question.layout.tables.values() for c in columns}
+    frame = frame_of(cards, metrics)
+    verdicts = judge(question.claims, frame, cards, place)
+    title = f"{question.title} {asked.data.name}, mean ± std over {seeds} seeds"
+    answer = Answer(title, frame, verdicts, [], question.layout, place / "card.json")
+    answer.notes = question.notes(answer)
+    settings = {
+        "tuned": {r.name: {"search": r.search, **tuned[r.search].best} for r in rows},
+        "validation": {name: found.score for name, found in tuned.items()},
+        "budget": {"trials": budget.trials, "minutes": budget.minutes, "folder": str(budget.folder)},
+        "trials run": {name: found.card.settings["trials run"] for name, found in tuned.items()},
+        "minutes run": {name: found.card.settings["minutes run"] for name, found in tuned.items()},
+        "verdicts": _plain(verdicts.to_dict("records")),
+        "told": answer.told(),
+    }
+    card_of(question.name, cards, frame, **settings).save_with(str(answer), place)
+    return answer
+
+
+def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int | None, bar: Any) -> dict[str, Any]:
+    """What each search of some rows found, by its name."""
+    from mmllmrec.training.fit import fit
+    from mmllmrec.training.tune import tune
+
+    split = splits.cold_items(data, seed=0)
+    place = budget.folder / data.name
+    found: dict[str, Any] = {}
+    made: dict[str, Any] = {}
+    by_name = {r.name: r for r in rows}
+    shown = sys.stderr.isatty()
+
+    def fitted(name: str) -> Any:
+        if name not in made:
+            row = by_name[name]
+            seed_everything(0)
+            best = found[row.search]
+            model = row.build(split, made, **best.options)
+            where = _place(budget, data, split, 0, row, by_name, found)
+            made[name] = fit(model, split, seed=0, folder=where, progress=shown, **best.settings)
+        return made[name]
+
+    for row in rows:
+        if not row.space:
+            continue
+        bar.set_description(f"tune {row.search}")
+        first = {name: fitted(name) for name in row.after}
+
+        def build(split: Split, row: Row = row, first: Any = first, **options: Any) -> Any:
+            return row.build(split, first, **options)
+
+        found[row.search] = tune(
+            build,
+            split,
+            space=row.space,
+            settings=row.settings | ({"epochs": quick} if quick else {}),
+            start=row.start,
+            trials=budget.trials,
+            minutes=budget.minutes,
+            folder=place / row.search,
+            progress=shown,
+        )
+        bar.update()
+    return found
+
+
+def _place(
+    budget: Budget,
+    data: RecDataset,
+    split: Split,
+    seed: int,
+    row: Row,
+    by_name: Mapping[str, Row],
+    tuned: Mapping[str, Any],
+) -> Path:
+    """Where the fit of a row on a split lies: its name, and a hash of all that decides it."""
+    behind = (row, *(by_name[name] for name in row.after))
+    parts = [(r.name, r.search, tuned[r.search].options, tuned[r.search].settings) for r in behind]
+    name = f"{row.name}, {content_hash(split.hash, parts)[:8]}"
+    return budget.folder / data.name / FITS / f"{split.name}, seed {seed}" / name
+
+
+def _costs(run: Any) -> dict[str, float]:
+    card = run.card
+    values = (float(card.trainable_parameters), card.seconds, card.peak_memory_mb, run.best_score)
+    return dict(zip(COSTS, values, strict=True))
+
+
+def _plain(lines: list[dict[Any, Any]]) -> list[dict[str, Any]]:
+    """Rows for a card, which holds no NaN."""
+    return [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()} for line in lines]

@@ -1,0 +1,338 @@
+"""The library's questions, a function each: one unified model (q1), cold start (q2), more senses (q3), fusion (q4).
+
+All take the data (a name, or a ``RecDataset``) and ``path`` of its folder; ``seeds``; the budget of every search,
+``trials`` and ``minutes``; ``folder``, where the answer, its cards and checkpoints go; ``tuned``, where searches are
+kept and shared; ``end_to_end``, the trainer of Unified on real data (``rows.setup``). A question that was cut off goes
+on, and one that was answered is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmllmrec.bench.answer import COST, NDCG, Answer, Claim, Column, Layout, Line
+from mmllmrec.bench.ask import VALID, Budget, Question, ask
+from mmllmrec.bench.measures import RECOVERED, knocked_out, named, points, recovered
+from mmllmrec.bench.rows import (
+    TWIN,
+    Row,
+    Setup,
+    randomised,
+    setup,
+    shuffled,
+    tuned_vbpr_row,
+    twin_row,
+    two_stage_row,
+    unified_row,
+    vector_row,
+)
+from mmllmrec.data import splits
+from mmllmrec.data.atelier.world import Atelier
+from mmllmrec.data.dataset import RecDataset
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.curves import k_shot, missing_content
+from mmllmrec.evaluation.floors import ContentKNN
+from mmllmrec.evaluation.report import HARMONIC
+
+Folder = str | os.PathLike[str]
+TUNED = "runs/tuned"
+SOFTMAXED = ("BPR (softmax)", "LightGCN (softmax)")
+RANKED = [Column(row, row) for row in ("warm", "cold", "cold only")]
+COSTS = [Column(what, COST, what, digits=0) for what in ("trained parameters", "seconds", "peak MiB")]
+OF_ORACLE = [Column(f"{row}, of oracle", row, of_oracle=True) for row in ("all", "warm", "cold")]
+USER_EVENTS, ITEM_EVENTS = (0, 1, 3, 5), (0, 1, 2, 4)
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
+KNOCKED = ("without", "noised", "shuffled")
+
+
+def cold_items(data: RecDataset, seed: int) -> Split:
+    """The split of the questions that hold out items alone."""
+    return splits.cold_items(data, seed=seed)
+
+
+def q1(
+    *,
+    data: str | RecDataset = "atelier",
+    path: Folder | None = None,
+    seeds: int = 3,
+    trials: int = 6,
+    minutes: float | None = 10.0,
+    folder: Folder = "runs/q1",
+    tuned: Folder = TUNED,
+    end_to_end: bool | None = None,
+    quick: int | None = None,
+) -> Answer:
+    """Does one model, trained from pixels and words to rankings, beat extracting first and encoding later?
+
+    Rows: ID-only and content baselines under the same loss, the two-stage twin and the unified model; a baseline on the
+    tuned features; controls trained from scratch (random and shuffled features, random towers) and at test (shuffled
+    modalities); on a planted world the factor-fed twin.
+    """
+    asked = setup(data, path, end_to_end=end_to_end)
+    rows = [
+        vector_row("BPR", loss="softmax"),
+        vector_row("LightGCN", loss="softmax"),
+        vector_row("VBPR", loss="softmax"),
+        vector_row("LightGCNContent", loss="softmax"),
+        vector_row("AlphaRec"),
+        two_stage_row(asked),
+        two_stage_row(
+            asked, "TwoStage on random features", change=lambda table, split: randomised(table, seed=_seed(split))
+        ),
+        two_stage_row(
+            asked, "TwoStage on shuffled features", change=lambda table, split: shuffled(table, seed=_seed(split))
+        ),
+        unified_row(asked),
+        unified_row(asked, "Unified, random weights", random_weights=True),
+        tuned_vbpr_row(),
+    ]
+    if asked.both:
+        rows.append(unified_row(asked, "Unified (cached)", trainer="cached", searched=True))
+    claims = [
+        Claim("Unified", "TwoStage", "cold"),
+        Claim("Unified", "TwoStage", "warm"),
+        Claim("Unified", "AlphaRec", "cold"),
+        Claim("Unified", SOFTMAXED, "warm"),
+    ]
+    if _planted(asked):
+        rows.append(twin_row())
+        claims += [Claim("Unified", TWIN, row, share=True) for row in ("warm", "cold")]
+    question = Question(
+        "q1",
+        "Q1, one unified model:",
+        rows,
+        Layout({NDCG: [*RANKED, *COSTS]}, grey=("Oracle", TWIN)),
+        cold_items,
+        claims=claims,
+        controls=tuple(f"shuffled {m}" for m in asked.data.catalog.modalities),
+        notes=_cached_note if asked.both else lambda answer: [],
+    )
+    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
+
+
+def _cached_note(answer: Answer) -> list[str]:
+    name = "Unified (cached)"
+    score, whole = (answer.value(s, COST, VALID) for s in (name, "Unified"))
+    seconds, long = (answer.value(s, COST, "seconds") for s in (name, "Unified"))
+    part = f"{score / whole:.1%}" if whole > 0 else "-"
+    return [
+        f"{name} reaches {score:.4f} of {whole:.4f} validation {NDCG} ({part}) in {seconds / max(long, 1e-9):.2f} of "
+        "the seconds"
+    ]
+
+
+def q2(
+    *,
+    data: str | RecDataset = "atelier",
+    path: Folder | None = None,
+    seeds: int = 3,
+    trials: int = 6,
+    minutes: float | None = 10.0,
+    folder: Folder = "runs/q2",
+    tuned: Folder = TUNED,
+    end_to_end: bool | None = None,
+    quick: int | None = None,
+) -> Answer:
+    """New items and new users, from content alone or from a handful of events.
+
+    ``splits.cold_both``: one model serves the rows of cold items and the curves of cold users and of cold items, k of
+    whose events are known at scoring time. DropoutNet and ALDI stand on the row LightGCN (softmax).
+    """
+    asked = setup(data, path, end_to_end=end_to_end)
+    first = "LightGCN (softmax)"
+    rows = [
+        vector_row("LightGCN", loss="softmax"),
+        vector_row("DropoutNet", loss="softmax", first=first),
+        vector_row("CLCRec"),
+        vector_row("ALDI", loss="softmax", first=first),
+        vector_row("AlphaRec"),
+        two_stage_row(asked),
+        unified_row(asked),
+        unified_row(asked, "Unified, no ID dropout", id_dropout=0.0),
+        unified_row(asked, "Unified, content-to-collaborative term", collaborative_weight=0.1),
+    ]
+    users = {float(k): f"cold user, {k} events" for k in USER_EVENTS}
+    items = {float(k): f"cold item, {k} events" for k in ITEM_EVENTS}
+
+    def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
+        systems = [*named(runs), ContentKNN(split.train, catalog=split.catalog)]
+        found: dict[str, list[float]] = {}
+        for of, ks, names in (("users", USER_EVENTS, users), ("items", ITEM_EVENTS, items)):
+            found |= points(k_shot(systems, split, of=of, ks=ks, on="test", seed=seed), names)
+        return found
+
+    question = Question(
+        "q2",
+        "Q2, cold start:",
+        rows,
+        Layout(
+            {
+                NDCG: [*RANKED, Column(HARMONIC, HARMONIC)],
+                f"{NDCG}, events of a cold user": [Column(f"{k:g}", row) for k, row in users.items()],
+                f"{NDCG}, events of a cold item": [Column(f"{k:g}", row) for k, row in items.items()],
+            },
+            curves={"cold user": Line("events known", users), "cold item": Line("events known", items)},
+        ),
+        lambda data, seed: splits.cold_both(data, seed=seed),
+        claims=[
+            Claim("Unified", other, row)
+            for row in ("cold", HARMONIC)
+            for other in (*(r.name for r in rows if r.name not in ("Unified", first)), "ContentKNN")
+        ],
+        more=more,
+    )
+    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
+
+
+def q3(
+    *,
+    data: str | RecDataset = "atelier",
+    path: Folder | None = None,
+    seeds: int = 3,
+    trials: int = 6,
+    minutes: float | None = 10.0,
+    folder: Folder = "runs/q3",
+    tuned: Folder = TUNED,
+    end_to_end: bool | None = None,
+    quick: int | None = None,
+) -> Answer:
+    """Do further senses help, through the same door as pictures and words, and what does it cost to miss one?
+
+    Unified and TwoStage read pictures and words, each further sense beside them, and all; on a planted world the oracle
+    without what a row cannot perceive is its ceiling. Curves at test: items that lose a modality, and, for the unified
+    rows that smell, channels of the sensor that are missing.
+    """
+    asked = setup(data, path, end_to_end=end_to_end)
+    reads = asked.data.catalog.modalities
+    base = tuple(m for m in ("image", "text") if m in reads)
+    if len(base) == len(reads):
+        base = base[1:]
+    extra = tuple(m for m in reads if m not in base)
+    if not base or not extra:
+        raise DataError(f"data={asked.data.name!r}: it has {list(reads)} alone, and no further sense to ask about")
+    sets = [base, *((*base, m) for m in extra if len(extra) > 1)]
+    rows: list[Row] = []
+    for some in sets:
+        title = " + ".join(some)
+        rows += [
+            two_stage_row(asked, f"TwoStage, {title}", modalities=some),
+            unified_row(asked, f"Unified, {title}", modalities=some),
+        ]
+    rows += [two_stage_row(asked), unified_row(asked)]
+    smells = [
+        r.name for r in rows if r.name == "Unified" or (r.name.startswith("Unified") and r.name.endswith("+ sensor"))
+    ]
+    smells = smells if _planted(asked) and "sensor" in reads else []
+    lost = {s: f"{s:.0%} of items lose a modality" for s in SHARES}
+    channels = {s: f"{s:.0%} of channels missing" for s in SHARES}
+
+    ceilings = _oracles(asked, sets)
+
+    def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
+        found = points(missing_content(named(runs), split, shares=SHARES, on="test", seed=seed), lost)
+        if smells:
+            some = [s for s in named(runs) if s.name in smells]
+            curve = missing_content(some, split, of="channels", shares=SHARES, on="test", seed=seed)
+            found |= points(curve, channels)
+        return found
+
+    def missing(rows: Mapping[float, str]) -> list[Column]:
+        return [Column(f"{share:.0%}", row) for share, row in rows.items()]
+
+    columns = [Column("all", "all"), *RANKED]
+    tables = {NDCG: [*columns, *(OF_ORACLE if _planted(asked) else [])]}
+    tables[f"{NDCG}, share of items that lose a modality"] = missing(lost)
+    curves = {"missing modality": Line("share of items that lose a modality", lost)}
+    if smells:
+        tables[f"{NDCG}, share of an item's sensor channels missing"] = missing(channels)
+        curves["missing channels"] = Line("share of an item's sensor channels missing", channels)
+    less = f"Unified, {' + '.join(base)}"
+    claims = [Claim("Unified", less, row) for row in ("all", "warm", "cold", "cold only")]
+    claims += [Claim(f"Unified, {' + '.join(some)}", less, "cold") for some in sets[1:]]
+    claims += [Claim("Unified", "TwoStage", row) for row in ("all", "cold")]
+    question = Question(
+        "q3",
+        "Q3, more senses:",
+        rows,
+        Layout(tables, curves, grey=("Oracle", *(o.name for o in ceilings))),
+        cold_items,
+        claims=claims,
+        beside=ceilings,
+        more=more,
+    )
+    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
+
+
+def q4(
+    *,
+    data: str | RecDataset = "atelier",
+    path: Folder | None = None,
+    seeds: int = 3,
+    trials: int = 6,
+    minutes: float | None = 10.0,
+    folder: Folder = "runs/q4",
+    tuned: Folder = TUNED,
+    end_to_end: bool | None = None,
+    quick: int | None = None,
+) -> Answer:
+    """Can fusion keep what each modality says and find what only their combination says, at once?
+
+    The unified model with the early path alone, late ones alone (mean, gate), and both (attentive, gate, and its own,
+    concatenation). On a planted world recovery says which of the true tastes each found on cold items, relative to the
+    factor-fed twin. Knock-outs at test: each modality gone, noised, shuffled.
+    """
+    asked = setup(data, path, end_to_end=end_to_end)
+    late = asked.data.catalog.modalities
+    rows = [
+        unified_row(asked, "Unified, early only", paths=("early",)),
+        unified_row(asked, "Unified, late only", paths=late, fusion="mean"),
+        unified_row(asked, "Unified, late + gate", paths=late, fusion="gate"),
+        unified_row(asked, "Unified, early + late, attentive", fusion="attentive"),
+        unified_row(asked, "Unified, early + late, gate", fusion="gate"),
+        unified_row(asked),
+    ]
+    variants = [r.name for r in rows]
+    planted = _planted(asked)
+    knocked = [f"{kind} {m}" for m in late for kind in KNOCKED]
+    tables = {NDCG: [Column(row, row) for row in ("all", "warm", "cold")] + (OF_ORACLE if planted else [])}
+    if planted:
+        rows.append(twin_row())
+        shares = [Column(name, "cold", f"recovery, {name}", digits=2) for name in RECOVERED]
+        tables["recovery on cold items, share of the factor-fed twin's"] = shares
+    tables[f"{NDCG} on all, knocked out at test"] = [Column(name, name) for name in knocked]
+    tables[f"{NDCG} on cold, knocked out at test"] = [Column(name, f"{name}, cold") for name in knocked]
+
+    def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
+        found = recovered(split, runs) if planted else {}
+        return found | knocked_out(split, {name: runs[name] for name in variants}, knocked, seed=seed)
+
+    question = Question(
+        "q4",
+        "Q4, fusion:",
+        rows,
+        Layout(tables, grey=("Oracle", TWIN)),
+        cold_items,
+        claims=[Claim("Unified", other, row) for row in ("all", "cold") for other in variants if other != "Unified"],
+        more=more,
+    )
+    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
+
+
+def _planted(asked: Setup) -> bool:
+    return isinstance(asked.data, Atelier)
+
+
+def _oracles(asked: Setup, sets: Sequence[tuple[str, ...]]) -> list[Any]:
+    """What a system that reads only one of these sets can reach at most, where the truth is known."""
+    if not isinstance(asked.data, Atelier):
+        return []
+    reads = asked.data.catalog.modalities
+    return [asked.data.oracle(without=[m for m in reads if m not in some]) for some in sets]
+
+
+def _seed(split: Split) -> int:
+    return int(split.settings["seed"])

@@ -1,0 +1,255 @@
+"""The rows of the questions' tables: how each system is built, what of it is tuned, and on which data.
+
+Legend: I items, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mmllmrec.bench.run import SOFTMAX
+from mmllmrec.data.atelier.world import Atelier
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.dataset import RecDataset, load_dataset
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.splits import Split
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.seed import generator
+
+DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k")
+TWIN = "Factor-fed twin"
+LR, DECAY = (3e-4, 1e-2, "log"), (0.1, 3.0, "log")
+HYBRID = {"fit.lr": (1e-3, 1e-2, "log"), "reg_user": (5e-3, 0.1, "log"), "reg_item": (0.5, 8.0, "log")}
+# what of each system is searched, the published setting first; everything else, the width of 64 too, stays
+SPACES: dict[str, dict[str, Any]] = {
+    "BPR": {"fit.lr": LR, "fit.weight_decay": DECAY},
+    "LightGCN": {"fit.lr": LR, "fit.weight_decay": DECAY, "layers": [1, 2, 3]},
+    "VBPR": {"fit.lr": LR, "fit.weight_decay": DECAY, "feature_dim": [32, 64, 128]},
+    "LightGCNContent": {"fit.lr": LR, "fit.weight_decay": DECAY, "layers": [1, 2, 3]},
+    "AlphaRec": {"fit.lr": LR, "fit.weight_decay": DECAY, "layers": [1, 2, 3]},
+    "CLCRec": {"fit.lr": LR, "fit.weight_decay": DECAY, "weight": [0.1, 0.3, 0.5, 0.7]},
+    "DropoutNet": {"fit.lr": LR, "fit.weight_decay": DECAY, "dropout": [0.3, 0.5, 0.7]},
+    "ALDI": {"fit.lr": LR, "fit.weight_decay": DECAY, "ranking": [0.3, 0.9]},
+    "TwoStage": {**HYBRID, "features": ["descriptors", "descriptors-128"]},
+    TWIN: HYBRID,
+    "Unified": HYBRID,
+}
+STARTS: dict[str, dict[str, Any]] = {
+    "LightGCN": {"layers": 2},
+    "VBPR": {"feature_dim": 64},
+    "LightGCNContent": {"layers": 2},
+    "AlphaRec": {"layers": 2},
+    "CLCRec": {"weight": 0.5},
+    "DropoutNet": {"dropout": 0.5},
+    "ALDI": {"ranking": 0.9},
+    "TwoStage": {"reg_user": 0.02, "reg_item": 2.0, "features": "descriptors"},
+    TWIN: {"reg_user": 0.02, "reg_item": 2.0},
+    "Unified": {"reg_user": 0.02, "reg_item": 2.0},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trained line of a table. ``build(split, made, **options)`` makes the model, ``made`` being the runs of the rows
+    before it; ``settings`` are keywords of ``fit``. With a ``space`` its settings are searched, beginning at ``start``,
+    and kept under ``search``; without one it takes what the search of that name found. ``after`` are rows that it is
+    built from."""
+
+    name: str
+    build: Callable[..., Any]
+    settings: dict[str, Any]
+    search: str
+    space: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A question's data, and how the unified model reads it: preset, trainer of the row called Unified, and whether
+    there is a second row with the cached one; ``unified`` are keywords of ``fit`` over its defaults."""
+
+    data: RecDataset
+    preset: str
+    trainer: str
+    unified: dict[str, Any]
+
+    @property
+    def both(self) -> bool:
+        return self.trainer == "end_to_end"
+
+
+def setup(
+    data: str | RecDataset, path: str | os.PathLike[str] | None = None, *, end_to_end: bool | None = None
+) -> Setup:
+    """Load a question's data by name, or take it, and choose how Unified reads it.
+
+    Planted worlds: ``nano``, end to end. Real data: ``minilm`` with the cached trainer, eight epochs in blocks of 256
+    items, unless ``end_to_end=True`` asks for both. Of Last.fm the words (artist names and tags) and ``vggish`` are
+    kept: ``whisper`` is a second account of the same sound, and the MiniLM table one of the same words. Raises
+    ``DataError`` for another name.
+    """
+    if isinstance(data, str):
+        if data not in DATA:
+            raise DataError(f"data={data!r}: the questions are asked of {list(DATA)}; pass a RecDataset of yours")
+        # a garbled row is left out and counted in ``about``: a bench must run on the files as they are
+        reading = {"bad_rows": "drop"} if data == "movielens-small" else {}
+        found = load_dataset(data, path, **reading)
+        data = _sound_and_words(found) if data == "lastfm-2k" else found
+    planted = isinstance(data, Atelier)
+    whole = planted if end_to_end is None else end_to_end
+    settings = {} if planted else {"epochs": 8, "item_batch": 256}
+    return Setup(data, "nano" if planted else "minilm", "end_to_end" if whole else "cached", settings)
+
+
+def _sound_and_words(data: RecDataset) -> RecDataset:
+    old = data.catalog
+    if "vggish" not in old.features:
+        raise DataError(f"{data.name}: feature file vggish.npy is missing; it is the sound of this dataset")
+    absent = {"vggish": ~old.present("vggish")}
+    features = {"vggish": old.features["vggish"]}
+    return replace(data, catalog=Catalog(old.dataset, old.item_ids, features=features, absent=absent, name=old.name))
+
+
+# -- features of the two-stage rows ----------------------------------------------------------------------------------
+
+
+def two_stage_features(split: Split, kind: str, preset: str) -> FeatureTable:
+    """What a two-stage row reads, extracted beforehand, (I, D_m) a modality.
+
+    ``"descriptors"``: the training-free ones of ``FeatureTable.from_catalog``, whitened to 64 columns a modality on the
+    items with a training event; ``"descriptors-128"``: to 128. ``preset`` names the towers of the unified model beside
+    it, for kinds that read through them. Raises ``DataError`` for another kind.
+    """
+    name, _, width = kind.partition("-")
+    if name != "descriptors" or not (width or "64").isdigit():
+        raise DataError(f"features={kind!r}: use 'descriptors', or 'descriptors-128' for another width ({preset})")
+    warm = split.warm_items
+    return FeatureTable.from_catalog(split.catalog, fit_on=warm).whiten(warm, int(width or 64))
+
+
+def limited(table: FeatureTable, modalities: tuple[str, ...]) -> FeatureTable:
+    """Some modalities of a table."""
+    columns = [table.modalities.index(m) for m in modalities]
+    maps = {m: table.maps[m] for m in modalities if m in table.maps}
+    return FeatureTable({m: table.tables[m] for m in modalities}, table.presence[:, columns], maps)
+
+
+def shuffled(table: FeatureTable, *, seed: int) -> FeatureTable:
+    """Each modality's rows dealt to other items, among those that have it: the same features, no meaning."""
+    tables = {}
+    for column, (m, rows) in enumerate(table.tables.items()):
+        here = np.flatnonzero(table.presence[:, column])
+        tables[m] = rows.copy()
+        tables[m][here] = rows[generator(seed, "shuffled", m).permutation(here)]
+    return FeatureTable(tables, table.presence)
+
+
+def randomised(table: FeatureTable, *, seed: int) -> FeatureTable:
+    """Standard normal numbers in place of features, of the same widths, where there were some."""
+    tables = {m: generator(seed, "randomised", m).normal(size=rows.shape) for m, rows in table.tables.items()}
+    return FeatureTable(tables, table.presence)
+
+
+def tuned_features(split: Split, run: Any) -> FeatureTable:
+    """The content vectors of a fitted unified model, standardised, as a table: (I, D)."""
+    with run.model.evaluating():
+        content = run.model.all_content().cpu().numpy()
+    return FeatureTable({"content": content}, (content != 0).any(axis=1)[:, None]).standardise(split.warm_items)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def vector_row(kind: str, *, loss: str = "", first: str = "") -> Row:
+    """A published system under the softmax: ``loss`` where it is not the published one, ``first`` the row whose latents
+    it stands on."""
+    title = f"{kind} ({loss})" if loss else kind
+
+    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
+        from mmllmrec import models
+
+        cls: Any = models.classes()[kind]
+        options |= {"loss": loss} if loss else {}
+        if first:
+            return cls.pretrained(made[first], catalog=split.catalog, **options)
+        content = {"catalog": split.catalog} if hasattr(cls, "with_catalog") else {}
+        return cls(split.train, **content, **options)
+
+    after = (first,) if first else ()
+    return Row(title, build, SOFTMAX, title, space=SPACES[kind], start=STARTS.get(kind, {}), after=after)
+
+
+def tuned_vbpr_row(unified: str = "Unified") -> Row:
+    """VBPR on what the fitted unified model says of items, with VBPR's own tuned settings."""
+
+    def build(split: Split, made: Mapping[str, Any], *, feature_dim: int = 64, **options: Any) -> Any:
+        from mmllmrec.models import VBPR
+
+        return VBPR(split.train, features=tuned_features(split, made[unified]), loss="softmax", **options)
+
+    return Row("VBPR (softmax) on tuned features", build, SOFTMAX, search="VBPR (softmax)", after=(unified,))
+
+
+def two_stage_row(
+    asked: Setup,
+    name: str = "TwoStage",
+    *,
+    modalities: tuple[str, ...] | None = None,
+    change: Callable[[FeatureTable, Split], FeatureTable] | None = None,
+) -> Row:
+    """The two-stage twin; under another name with some modalities, or with its table changed, and its settings."""
+
+    def build(split: Split, made: Mapping[str, Any], *, features: str = "descriptors", **options: Any) -> Any:
+        from mmllmrec.models import TwoStage
+
+        table = two_stage_features(split, features, asked.preset)
+        table = limited(table, modalities) if modalities is not None else table
+        return TwoStage(split.train, features=change(table, split) if change else table, **options)
+
+    from mmllmrec.models import TwoStage
+
+    own = name == "TwoStage"
+    tuned: dict[str, Any] = {"space": SPACES["TwoStage"], "start": STARTS["TwoStage"]} if own else {}
+    return Row(name, build, TwoStage.fit_defaults, search="TwoStage", **tuned)
+
+
+def twin_row() -> Row:
+    """The two-stage model fed the true factors and their cross: the ceiling of perception on a planted world."""
+
+    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
+        from mmllmrec.models import TwoStage
+
+        assert isinstance(split.data, Atelier)
+        rows = split.data.factor_features(cross=True)
+        deviation = rows.std(0)
+        rows = (rows - rows.mean(0)) / np.where(deviation > 0, deviation, 1)
+        table = FeatureTable({"factors": rows}, np.ones((len(rows), 1), dtype=bool))
+        return TwoStage(split.train, features=table, **options)
+
+    from mmllmrec.models import TwoStage
+
+    return Row(TWIN, build, TwoStage.fit_defaults, search=TWIN, space=SPACES[TWIN], start=STARTS[TWIN])
+
+
+def unified_row(asked: Setup, name: str = "Unified", *, trainer: str = "", searched: bool = False, **fixed: Any) -> Row:
+    """The unified model, or under another name a variant of it with ``fixed`` options and its settings; ``trainer``
+    other than the setup's, and ``searched`` with a search of its own."""
+    chosen = trainer or asked.trainer
+
+    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
+        from mmllmrec.models import Unified
+
+        content: dict[str, Any] = {"data": split.train, "catalog": split.catalog, "trainer": chosen}
+        return Unified.from_preset(asked.preset, **content, **options, **fixed)
+
+    from mmllmrec.models import Unified
+
+    own = name == "Unified" or searched
+    tuned: dict[str, Any] = {"space": SPACES["Unified"], "start": STARTS["Unified"]} if own else {}
+    return Row(name, build, Unified.fit_defaults | asked.unified, search=f"Unified, {chosen}", **tuned)
