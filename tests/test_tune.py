@@ -141,3 +141,12 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path):
     assert again.stdout == whole.stdout
     assert all(json.loads(line) for line in journal.read_text().splitlines())
     assert call("cut", 1).stdout == whole.stdout  # complete: it is read, nothing is trained
+
+
+def test_a_list_of_starts_is_tried_in_order_before_anything_else(split):
+    starts = [{"dim": d, "fit.lr": 1e-4} for d in (2, 8, 4)]
+    tuned = quick(split, space={"dim": [2, 4, 8], "fit.lr": (1e-5, 1e-4)}, start=starts, trials=4)
+    assert tuned.table["dim"].tolist()[:3] == [2, 8, 4] and len(tuned.table) == 4
+    assert (tuned.table["state"][:3] == "complete").all()
+    with pytest.raises(DataError, match="a list of settings of the same names"):
+        quick(split, space={"dim": [2, 4, 8]}, start=[{"dim": 2}, {}])

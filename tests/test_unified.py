@@ -13,7 +13,8 @@ from mmllmrec.data.atelier import atelier
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap
 from mmllmrec.data.sampling import Batch
-from mmllmrec.encoders.backbone import PAD, READ, SOFT, Backbone, place, unit
+from mmllmrec.encoders.backbone import PAD, READ, SOFT, Backbone, place
+from mmllmrec.encoders.heads import unit
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.store import Store
 from mmllmrec.features.towers import layers_of, load_vision, weights_hash
@@ -371,7 +372,8 @@ def test_each_group_has_its_own_learning_rate_and_keeps_it_when_saved(preset, tm
     for one in (model, Unified.from_pretrained(folder, catalog=catalog)):
         groups = {g["name"]: g for g in one.parameter_groups(0.1)}
         assert {n: g["lr"] for n, g in groups.items()} == pytest.approx({"ids": 0.3, "heads": 0.1, "lora": 0.025})
-        assert {id(p) for p in groups["lora"]["params"]} == {id(p) for p in lora(one).values()}
+        joins = [*one.backbone.resampler.parameters(), one.backbone.read]
+        assert {id(p) for p in groups["lora"]["params"]} == {id(p) for p in (*lora(one).values(), *joins)}
         assert {id(p) for p in groups["ids"]["params"]} == {
             id(p) for p in (one.bias, one.user_ids.weight, one.item_ids.weight)
         }

@@ -174,6 +174,7 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
             continue
         bar.set_description(f"tune {row.search}")
         first = {name: fitted(name) for name in row.after}
+        option, values = row.choices or ("", ())
 
         def build(split: Split, row: Row = row, first: Any = first, **options: Any) -> Any:
             return row.build(split, first, **options)
@@ -181,10 +182,10 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
         found[row.search] = tune(
             build,
             split,
-            space=row.space,
+            space=row.space | ({option: list(values)} if values else {}),
             settings=row.settings | ({"epochs": quick} if quick else {}),
-            start=row.start,
-            trials=budget.trials,
+            start=[row.start | {option: v} for v in values] if values else row.start,
+            trials=budget.trials + max(len(values) - 1, 0),
             minutes=budget.minutes,
             folder=place / row.search,
             progress=shown,

@@ -6,7 +6,8 @@ Legend: I items, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "CLCRec": {"fit.lr": LR, "fit.weight_decay": DECAY, "weight": [0.1, 0.3, 0.5, 0.7]},
     "DropoutNet": {"fit.lr": LR, "fit.weight_decay": DECAY, "dropout": [0.3, 0.5, 0.7]},
     "ALDI": {"fit.lr": LR, "fit.weight_decay": DECAY, "ranking": [0.3, 0.9]},
-    "TwoStage": {**HYBRID, "features": ["descriptors", "descriptors-128"]},
+    "TwoStage": HYBRID,
     TWIN: HYBRID,
     "Unified": HYBRID,
 }
@@ -47,9 +48,14 @@ STARTS: dict[str, dict[str, Any]] = {
     "CLCRec": {"weight": 0.5},
     "DropoutNet": {"dropout": 0.5},
     "ALDI": {"ranking": 0.9},
-    "TwoStage": {"reg_user": 0.02, "reg_item": 2.0, "features": "descriptors"},
+    "TwoStage": {"reg_user": 0.02, "reg_item": 2.0},
     TWIN: {"reg_user": 0.02, "reg_item": 2.0},
     "Unified": {"reg_user": 0.02, "reg_item": 2.0},
+}
+# frozen features of the two-stage rows, by the preset of the towers beside them: the twin is to be as good as it gets
+FEATURES = {
+    "nano": ["descriptors:64", "descriptors:128", "towers-0:32", "towers-0:48", "towers-1:48", "towers-2:48"],
+    "minilm": ["descriptors:64", "descriptors:128", "towers-0:64", "towers-3:64", "towers-5:64", "towers-5:128"],
 }
 
 
@@ -57,8 +63,8 @@ STARTS: dict[str, dict[str, Any]] = {
 class Row:
     """A trained line of a table. ``build(split, made, **options)`` makes the model, ``made`` being the runs of the rows
     before it; ``settings`` are keywords of ``fit``. With a ``space`` its settings are searched, beginning at ``start``,
-    and kept under ``search``; without one it takes what the search of that name found. ``after`` are rows that it is
-    built from."""
+    and kept under ``search``; without one it takes what the search of that name found. Of ``choices`` (option, values)
+    all are tried at ``start`` beyond the budget. ``after`` are rows that it is built from."""
 
     name: str
     build: Callable[..., Any]
@@ -66,6 +72,7 @@ class Row:
     search: str
     space: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
+    choices: tuple[str, Sequence[Any]] | None = None
     after: tuple[str, ...] = ()
 
 
@@ -119,25 +126,29 @@ def _sound_and_words(data: RecDataset) -> RecDataset:
 # -- features of the two-stage rows ----------------------------------------------------------------------------------
 
 
-def two_stage_features(split: Split, kind: str, preset: str) -> FeatureTable:
-    """What a two-stage row reads, extracted beforehand, (I, D_m) a modality.
+def two_stage_features(
+    split: Split, kind: str, preset: str, *, modalities: tuple[str, ...] | None = None
+) -> FeatureTable:
+    """What a two-stage row reads, extracted beforehand, (I, D_m) a modality, of all modalities or some.
 
-    ``"descriptors"``: the training-free ones of ``FeatureTable.from_catalog``, whitened to 64 columns a modality on the
-    items with a training event; ``"descriptors-128"``: to 128. ``preset`` names the towers of the unified model beside
-    it, for kinds that read through them. Raises ``DataError`` for another kind.
+    ``"towers-1:48"``: what the frozen towers of the unified model's ``preset`` say, the words' states taken at language
+    layer 1, whitened to 48 columns a part on the items with a training event (``Unified.tower_features``);
+    ``"descriptors:64"``: the training-free ones of ``FeatureTable.from_catalog``, whitened to 64. Raises ``DataError``
+    for another kind.
     """
-    name, _, width = kind.partition("-")
-    if name != "descriptors" or not (width or "64").isdigit():
-        raise DataError(f"features={kind!r}: use 'descriptors', or 'descriptors-128' for another width ({preset})")
     warm = split.warm_items
-    return FeatureTable.from_catalog(split.catalog, fit_on=warm).whiten(warm, int(width or 64))
+    found = re.fullmatch(r"(?:descriptors|towers-(\d+)):(\d+)", kind)
+    if found is None:
+        raise DataError(f"features={kind!r}: use 'descriptors:64', or 'towers-0:48' for language layer 0")
+    layer, keep = found[1], int(found[2])
+    if layer is None:
+        table = FeatureTable.from_catalog(split.catalog, fit_on=warm)
+        return (table if modalities is None else table.only(modalities)).whiten(warm, keep)
+    from mmllmrec.models.unified import PRESETS, Unified
 
-
-def limited(table: FeatureTable, modalities: tuple[str, ...]) -> FeatureTable:
-    """Some modalities of a table."""
-    columns = [table.modalities.index(m) for m in modalities]
-    maps = {m: table.maps[m] for m in modalities if m in table.maps}
-    return FeatureTable({m: table.tables[m] for m in modalities}, table.presence[:, columns], maps)
+    chosen = replace(PRESETS[preset], enter=int(layer))
+    content: dict[str, Any] = {"data": split.train, "catalog": split.catalog, "modalities": modalities}
+    return Unified.from_preset(chosen, **content, whiten=False).tower_features(keep=keep)
 
 
 def shuffled(table: FeatureTable, *, seed: int) -> FeatureTable:
@@ -205,17 +216,17 @@ def two_stage_row(
 ) -> Row:
     """The two-stage twin; under another name with some modalities, or with its table changed, and its settings."""
 
-    def build(split: Split, made: Mapping[str, Any], *, features: str = "descriptors", **options: Any) -> Any:
+    def build(split: Split, made: Mapping[str, Any], *, features: str = "descriptors:64", **options: Any) -> Any:
         from mmllmrec.models import TwoStage
 
-        table = two_stage_features(split, features, asked.preset)
-        table = limited(table, modalities) if modalities is not None else table
+        table = two_stage_features(split, features, asked.preset, modalities=modalities)
         return TwoStage(split.train, features=change(table, split) if change else table, **options)
 
     from mmllmrec.models import TwoStage
 
     own = name == "TwoStage"
     tuned: dict[str, Any] = {"space": SPACES["TwoStage"], "start": STARTS["TwoStage"]} if own else {}
+    tuned |= {"choices": ("features", FEATURES[asked.preset])} if own else {}
     return Row(name, build, TwoStage.fit_defaults, search="TwoStage", **tuned)
 
 

@@ -7,21 +7,19 @@ width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllmrec.data.interactions import DataError
+from mmllmrec.encoders.heads import EARLY, Content, Heads, Whiten
 from mmllmrec.features.prompts import IMAGE, Prompt
 from mmllmrec.features.towers import Language, Vision, layers_of, look_above, look_below
-from mmllmrec.fusion import FUSIONS
 
 READ, PAD = -2, -3  # places in a token row that are no vocabulary: the read-out, and padding
 SOFT = -1  # the soft tokens of a picture; those of the next modalities are -4, -5, ... (``place``)
-EARLY = "early"
+JOINT = "joint"  # states of the language model over all of an item
 
 
 def place(number: int) -> int:
@@ -136,65 +134,15 @@ class Resampler(nn.Module):
         return out
 
 
-class Head(nn.Module):
-    """LN(W whiten(x)), and with ``hidden`` LN(W y + V gelu(U y)), y = whiten(x): (B, V) -> (B, D).
-
-    The whitening is fitted once, on what the towers say before they train.
-
-    States of pretrained towers share a large mean and vary in few directions: a linear map on them as they are hardly
-    trains. whiten(x) = (x - mean) V_k diag(lambda_k + eps tr/V)^-1/2 with the k largest eigenpairs of the covariance;
-    until ``fit`` it is the identity. Mean and map are buffers: they are saved, and do not train.
-    """
-
-    mean: Tensor
-    whiten: Tensor
-
-    def __init__(self, width: int, dim: int, *, hidden: int = 0):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("whiten", torch.eye(width))
-        self.linear = nn.Linear(width, dim)
-        self.bend = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else None
-        self.norm = nn.LayerNorm(dim)
-
-    @torch.no_grad()
-    def fit(self, rows: Tensor, *, eps: float = 0.01) -> None:
-        """Fit mean and whitening on rows (n, V)."""
-        rows = rows.double()
-        mean = rows.mean(dim=0)
-        centred = rows - mean
-        variance, axes = torch.linalg.eigh(centred.T @ centred / max(len(rows), 1))
-        floor = eps * variance.mean() + 1e-12
-        # an axis without variance gets no say, however the solver turned it
-        scale = torch.where(variance > 1e-9 * variance.max(), (variance.clamp(min=0) + floor).rsqrt(), 0.0)
-        self.mean.copy_(mean)
-        self.whiten.copy_((axes * scale) @ axes.T)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = (x - self.mean) @ self.whiten
-        out: Tensor = self.norm(self.linear(y) if self.bend is None else self.linear(y) + self.bend(y))
-        return out
-
-
-@dataclass
-class Content:
-    """What the backbone makes of items: fused (B, D), and its parts: vectors {path: (B, D)} (``early`` and a path a
-    modality, zero where absent), present {path: (B,) bool}, and the fusion's weights (B, M)."""
-
-    fused: Tensor
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    present: dict[str, Tensor] = field(default_factory=dict)
-    weights: Tensor | None = None
-
-
 class Backbone(nn.Module):
-    """Vision tower, further senses and language model under one read-out, with late paths around the language model.
+    """Vision tower, further senses and language model under one set of heads.
 
-    early: [prompt | soft tokens | words | EMB] -> language model -> e = head(h_EMB), a ``Head`` with a hidden layer,
-    because tastes for combinations are not linear in what is said; a bidirectional model gives the mean over its
-    tokens. late: l_image = head of the pooled picture and its patches' mean, l_text of the mean of the words' states
-    where they enter, l_m of each further modality, all linear. fused: a fusion over {e, l_1, ..., l_M} masked by
-    presence. The towers come frozen or with LoRA; resamplers, further senses, heads and fusion train.
+    [prompt | soft tokens | words | EMB] -> language model -> joint states: the read-out h_EMB and the mean over the
+    item's own tokens (a bidirectional model gives the mean alone). Beside them, around the language model: the pooled
+    picture and its patches' mean, the mean of the words' states where they enter, and each further modality's pooled
+    state. All are whitened (``Whiten``, fitted on what the towers say before they train) and go to ``Heads``: early
+    over all of them, late over each modality alone. The towers come frozen or with LoRA; resamplers, further senses
+    and heads train.
 
     ``senses`` are encoders of modalities besides pictures and words: called on what is present they give pooled (B, P)
     and tokens (B, N, P), and have ``pooled_width`` and ``token_width``. ``paths`` limits what is fused ("early" and
@@ -227,17 +175,16 @@ class Backbone(nn.Module):
             {m: Resampler(s.token_width, width, tokens=1) for m, s in self.senses.items()}  # type: ignore[arg-type]
         )
         self.read = nn.Parameter(torch.randn(width) * 0.02)
-        widths = {EARLY: width, "image": vision.pooled_width + vision.token_width, "text": width}
-        widths |= {m: s.pooled_width for m, s in self.senses.items()}  # type: ignore[misc]
-        self.heads = nn.ModuleDict({m: Head(w, dim, hidden=2 * dim if m == EARLY else 0) for m, w in widths.items()})
-        everything = (EARLY, "image", "text", *self.senses)
-        self.paths = everything if paths is None else paths
-        unknown = [p for p in self.paths if p not in everything]
-        if unknown or not self.paths:
-            raise DataError(f"paths={self.paths}: choose among {everything}")
-        if fusion not in FUSIONS:
-            raise DataError(f"fusion={fusion!r}: one of {sorted(FUSIONS)}")
-        self.gate = FUSIONS[fusion](dim, len(self.paths))
+        widths = {"image": [vision.pooled_width, vision.token_width], "text": [width]}
+        widths |= {m: [s.pooled_width] for m, s in self.senses.items()}  # type: ignore[list-item]
+        everything = (EARLY, *widths)
+        self.paths = everything if paths is None else tuple(paths)
+        if EARLY in self.paths:
+            widths = {JOINT: [width] * (1 + self.causal)} | widths
+        else:
+            widths = {m: w for m, w in widths.items() if m in self.paths}
+        self.whiten = nn.ModuleDict({m: Whiten(w) for m, w in widths.items()})
+        self.heads = Heads({m: w.width for m, w in self.whiten.items()}, dim, paths=self.paths, fusion=fusion)  # type: ignore[misc]
         self.register_buffer("mean", torch.tensor(vision.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(vision.std).view(1, 3, 1, 1), persistent=False)
 
@@ -282,70 +229,70 @@ class Backbone(nn.Module):
         return x, items.tokens != PAD, pooled
 
     def states(self, items: Items) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the towers say on each path, before the heads: {path: (rows (n, V), present (B,) bool)}, a row an item
-        that has it."""
+        """What the towers say, before whitening and heads: {kind: (rows (n, V), present (B,) bool)}, a row an item that
+        has it; kinds are the modalities and ``joint``."""
         soft: dict[str, Tensor] = {}
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        early_runs = EARLY in self.paths
+        early = EARLY in self.paths
         image = items.present["image"]
-        if ("image" in self.paths or early_runs) and bool(image.any()):
+        if ("image" in self.paths or early) and bool(image.any()):
             pooled, patches = self.look(items.raw["image"][image], None if items.seen is None else items.seen[image])
             found["image"] = torch.cat([pooled, patches.mean(dim=1)], dim=1), image
-            if early_runs:
+            if early:
                 soft["image"] = self.resampler(patches)
         for m, sense in self.senses.items():
             here = items.present[m]
-            if (m in self.paths or early_runs) and bool(here.any()):
+            if (m in self.paths or early) and bool(here.any()):
                 pooled, tokens = sense(items.raw[m][here])
                 found[m] = pooled, here
-                if early_runs:
+                if early:
                     soft[m] = self.resamplers[m](tokens)
         x, mask, words = self.assemble(items, soft)
         text = items.present["text"]
-        found["text"] = words[text], text
-        if early_runs:
+        if ("text" in self.paths or early) and bool(text.any()):
+            found["text"] = words[text], text
+        if early:
             model = layers_of(_own(self.language), self.enter) if self.enter else self.language
             h = model(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
-            if self.causal:  # rows are padded on the right, so the read-out is the last valid token
-                h = h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
-            else:
-                h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             some = torch.stack(list(items.present.values())).any(dim=0)
-            found[EARLY] = h[some], some
+            found[JOINT] = self._read_out(h, items.tokens, mask)[some], some
         return found
 
+    def _read_out(self, h: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Output states (B, L, W) -> joint states (B, W), of a causal model (B, 2 W)."""
+        if not self.causal:
+            return (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        # rows are padded on the right, so the read-out is the last valid token; one state that was trained to foretell
+        # a word holds little of an item, so the mean over its tokens stands beside
+        last = h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
+        own = (mask & (tokens != READ))[..., None]
+        return torch.cat([last, (h * own).sum(1) / own.sum(1).clamp(min=1)], dim=1)
+
     @torch.no_grad()
-    def fit_heads(self, blocks: Iterable[Items]) -> None:
-        """Fit every head's whitening on what the towers say of these items as they are: give train items, once, before
-        training."""
+    def fit_whitening(self, blocks: Iterable[Items]) -> None:
+        """Fit the whitening on what the towers say of these items as they are: give train items, before training."""
         rows: dict[str, list[Tensor]] = {}
         for items in blocks:
-            for path, (states, _) in self.states(items).items():
-                rows.setdefault(path, []).append(states)
-        for path, parts in rows.items():
-            self.heads[path].fit(torch.cat(parts))  # type: ignore[operator]
+            for kind, (states, _) in self.states(items).items():
+                rows.setdefault(kind, []).append(states)
+        for kind, parts in rows.items():
+            self.whiten[kind].fit(torch.cat(parts))  # type: ignore[operator]
 
     def forward(self, items: Items) -> Content:
         """Content of items, by all paths; a path's vector is zero where an item has it not."""
         found = self.states(items)
-        vectors, present = {}, {}
-        for path in self.paths:
-            vectors[path] = self.read.new_zeros(len(items), self.dim)
-            present[path] = torch.zeros(len(items), dtype=torch.bool, device=self.read.device)
-            if path in found:
-                states, here = found[path]
-                rows = self.heads[path](states)
-                vectors[path] = vectors[path].to(rows.dtype).masked_scatter(here[:, None], rows)
-                present[path] = here
-        fused, weights = self.gate(torch.stack(list(vectors.values()), dim=1), torch.stack(list(present.values()), 1))
-        return Content(fused, vectors, present, weights)
+        states, present = {}, {}
+        for kind, whiten in self.whiten.items():
+            states[kind] = self.read.new_zeros((len(items), self.heads.widths[kind]))
+            present[kind] = torch.zeros(len(items), dtype=torch.bool, device=self.read.device)
+            if kind in found:
+                rows, present[kind] = found[kind]
+                rows = whiten(rows)
+                states[kind] = states[kind].to(rows.dtype).masked_scatter(present[kind][:, None], rows)
+        content: Content = self.heads(states, present)
+        return content
 
 
 def _own(tower: Any) -> Any:
     """The tower itself, out of PEFT's wrapping (its adapters are inside its layers)."""
     return tower.get_base_model() if hasattr(tower, "get_base_model") else tower
-
-
-def unit(x: Tensor) -> Tensor:
-    """L2-normalised rows; a zero row stays zero."""
-    return F.normalize(x, dim=-1)

@@ -156,6 +156,23 @@ class FeatureTable:
         """All modalities side by side, (I, F) float32; absent ones are zero."""
         return np.concatenate(list(self.tables.values()), axis=1)
 
+    def only(self, modalities: Sequence[str]) -> FeatureTable:
+        """Some modalities, in the order named. Raises ``DataError`` for one that is not there."""
+        missing = [m for m in modalities if m not in self.tables]
+        if missing:
+            raise DataError(f"features of {missing} are missing; these are {list(self.modalities)}")
+        columns = [self.modalities.index(m) for m in modalities]
+        maps = {m: self.maps[m] for m in modalities if m in self.maps}
+        return FeatureTable({m: self.tables[m] for m in modalities}, self.presence[:, columns], maps)
+
+    def beside(self, other: FeatureTable) -> FeatureTable:
+        """These modalities and, after them, another table's. Raises ``DataError`` where both have one of a name."""
+        twice = [m for m in self.modalities if m in other.tables]
+        if twice or len(self) != len(other):
+            raise DataError(f"tables of {len(self)} and {len(other)} items, both with {twice}: rename or leave one out")
+        presence = np.concatenate([self.presence, other.presence], axis=1)
+        return FeatureTable({**self.tables, **other.tables}, presence, {**self.maps, **other.maps})
+
     # -- maps fitted on train items ---------------------------------------------------------------------------------
 
     def standardise(self, fit_on: np.ndarray) -> FeatureTable:

@@ -14,7 +14,7 @@ from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch, in_batch
-from mmllmrec.encoders.backbone import unit
+from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import tower
 from mmllmrec.models.latents import LatentModel

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from mmllmrec import losses
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, InBatch, in_batch
-from mmllmrec.encoders.backbone import EARLY, Content, unit
 from mmllmrec.encoders.gather import encode_pool
 from mmllmrec.encoders.graph import LightGraph
+from mmllmrec.encoders.heads import EARLY, Content, unit
 from mmllmrec.encoders.history import HISTORIES, Moments
 from mmllmrec.models.base import Recommender
 from mmllmrec.models.vectors import check_ids

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
-from mmllmrec.encoders.backbone import EARLY, Content
+from mmllmrec.encoders.heads import EARLY, Content, Heads
 from mmllmrec.features.table import FeatureTable
-from mmllmrec.fusion import FUSIONS
 from mmllmrec.models.content import ReadsFeatures
 from mmllmrec.models.hybrid import Hybrid
 
@@ -22,9 +20,10 @@ from mmllmrec.models.hybrid import Hybrid
 class TwoStage(ReadsFeatures, Hybrid):
     """``Hybrid`` whose content is frozen features: nothing but heads, fusion and IDs trains.
 
-    early: e = LN(W [f_1; ...; f_M; presence]); late: l_m = LN(W_m f_m); fused by presence, as ``Backbone`` fuses. Given
-    the true factors of a planted world as ``features`` it is the factor-fed twin, the ceiling of perception.
-    ``features`` or ``catalog``, ``feature_dim``: as in ``ContentModel``. ``paths`` and ``fusion``: as in ``Backbone``.
+    Heads and fusion are ``encoders.Heads``, those of the unified model. Its twin on the same towers reads
+    ``Unified.tower_features()``. Given the true factors of a planted world as ``features`` it is the factor-fed twin,
+    the ceiling of perception.
+    ``features`` or ``catalog``, ``feature_dim``: as in ``ContentModel``. ``paths`` and ``fusion``: as in ``Heads``.
     """
 
     fit_defaults: ClassVar[dict[str, Any]] = {"epochs": 24, "item_batch": 128, "eval_every": 4, "lr": 4e-3}
@@ -47,20 +46,12 @@ class TwoStage(ReadsFeatures, Hybrid):
         super().__init__(train, dim=dim, paths=paths, feature_dim=feature_dim, fusion=fusion, **options)
         self.config["paths"] = list(paths)
         self._read(catalog, features, feature_dim)
-        self.early = nn.Sequential(nn.Linear(self.described.shape[1], dim), nn.LayerNorm(dim))
-        self.late = nn.ModuleDict(
-            {m: nn.Sequential(nn.Linear(w, dim), nn.LayerNorm(dim)) for m, w in self.features.widths.items()}
-        )
-        self.gate = FUSIONS[fusion](dim, len(paths))
+        self.heads = Heads(self.features.widths, dim, paths=paths, fusion=fusion)
 
     def content(self, index: Tensor) -> Content:
         rows = self.described[index]
-        here = rows[:, self.width :] > 0.5
-        present = {EARLY: here.any(dim=1)} | {m: here[:, n] for n, m in enumerate(self.features.modalities)}
-        vectors, start = {EARLY: self.early(rows)}, 0
-        for m, width in self.features.widths.items():
-            vectors[m] = self.late[m](rows[:, start : start + width])
-            start += width
-        vectors, present = {p: vectors[p] for p in self.paths}, {p: present[p] for p in self.paths}
-        fused, weights = self.gate(torch.stack(list(vectors.values()), 1), torch.stack(list(present.values()), 1))
-        return Content(fused, vectors, present, weights)
+        here = (rows[:, self.width :] > 0.5).unbind(dim=1)
+        states = rows[:, : self.width].split(list(self.features.widths.values()), dim=1)
+        kinds = self.features.modalities
+        found: Content = self.heads(dict(zip(kinds, states, strict=True)), dict(zip(kinds, here, strict=True)))
+        return found

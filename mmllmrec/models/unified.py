@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.encoders.backbone import EARLY, PAD, Backbone, Content, Items, tokenise
+from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, tokenise
+from mmllmrec.encoders.heads import EARLY, Content
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
 from mmllmrec.features.extractor import source_name
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.sensor import SensorEncoder
 from mmllmrec.features.store import Store
+from mmllmrec.features.table import FeatureTable
 from mmllmrec.features.towers import load_language, load_vision, randomised_language, randomised_vision
 from mmllmrec.models.base import read_tensors
 from mmllmrec.models.hybrid import Hybrid, check_rate
@@ -96,7 +98,7 @@ class Unified(Hybrid):
         paths: tuple[str, ...] | None = None,
         fusion: str = "concat",
         prompt: str = "item",
-        lr_lora: float = 1.0,
+        lr_lora: float = 0.2,
         store: Store | str | os.PathLike[str] | None = None,
         whiten: bool = True,
         random_weights: bool = False,
@@ -157,7 +159,7 @@ class Unified(Hybrid):
         if whiten:
             warm = self.item_present.nonzero()[:, 0]
             with self.evaluating():
-                self.backbone.fit_heads(self.items.take(block) for block in warm.split(256))
+                self.backbone.fit_whitening(self.items.take(block) for block in warm.split(256))
 
     @classmethod
     def from_preset(
@@ -314,10 +316,12 @@ class Unified(Hybrid):
         return other
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """``ids``: IDs and biases, at ``lr_ids`` lr; ``heads``: what is no tower, at lr; ``lora`` at ``lr_lora`` lr."""
+        """``ids``: IDs and biases, at ``lr_ids`` lr; ``heads``: what is new, at lr; ``lora``: adapters, the picture's
+        resampler and the read-out, at ``lr_lora`` lr: what the heads read must not move faster than they follow."""
         ids, rest = super().parameter_groups(lr)
-        towers = (self.backbone.vision, self.backbone.language)
-        lora = {id(p) for t in towers for p in t.parameters() if p.requires_grad}
+        bone = self.backbone
+        towers = [p for t in (bone.vision, bone.language, bone.resampler) for p in t.parameters() if p.requires_grad]
+        lora = {id(p) for p in (*towers, bone.read)}
         heads = [p for p in rest["params"] if id(p) not in lora]
         adapted = [p for p in rest["params"] if id(p) in lora]
         groups = [
@@ -331,6 +335,44 @@ class Unified(Hybrid):
         """What the backbone makes of some items, (C,)."""
         found: Content = self.backbone(self.items.take(index.cpu()).to(self.device))
         return found
+
+    @torch.no_grad()
+    def tower_features(self, *, keep: int = 48) -> FeatureTable:
+        """What the towers say of every item as they are now, as frozen features of other models.
+
+        Tables ``image`` (pooled) and ``patches`` (their mean), ``text`` (mean of the words' states where soft tokens
+        enter: language layer ``enter``), ``joint`` (the language model's read-out over picture and words) and
+        ``tokens`` (the mean of its states), each whitened on train items to ``keep`` columns; a sense that has no
+        pretrained tower has its descriptors. Before ``fit`` these are the features of the two-stage twin.
+        """
+        with self.evaluating():
+            blocks = torch.arange(self.n_items).split(256)
+            found = [self.backbone.states(self.items.take(b).to(self.device)) for b in blocks]
+        widths: dict[str, tuple[int, ...]] = {m: w.widths for m, w in self.backbone.whiten.items()}  # type: ignore[misc]
+        names = {"image": ("image", "patches"), "text": ("text",), JOINT: ("joint", "tokens")}
+        tables, presence = {}, []
+        for path, parts in names.items():
+            if all(path not in f for f in found):
+                continue
+            rows, here = [], []
+            for block, states in zip(blocks, found, strict=True):
+                at = states[path][1].cpu() if path in states else torch.zeros(len(block), dtype=torch.bool)
+                full = torch.zeros(len(block), sum(widths[path]))
+                if path in states:
+                    full[at] = states[path][0].float().cpu()
+                rows.append(full)
+                here.append(at)
+            split = torch.cat(rows).split(widths[path], dim=1)
+            for name, table in zip(parts, split, strict=False):
+                tables[name] = table.numpy()
+                presence.append(torch.cat(here).numpy())
+        warm = self.train_data.item_counts > 0
+        table = FeatureTable(tables, np.stack(presence, axis=1))
+        others = [m for m in self.modalities if m not in ("image", "text")]
+        if others:
+            described = FeatureTable.from_catalog(self.catalog, fit_on=warm)
+            table = table.beside(described.only(others))
+        return table.whiten(warm, keep)
 
     # -- saving -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmllmrec import losses
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, InBatch, in_batch
-from mmllmrec.encoders.backbone import unit
+from mmllmrec.encoders.heads import unit
 from mmllmrec.models.base import Recommender
 
 # what ``fit`` gets for the cold-start rivals: chosen on Atelier's validation part, split seed 0

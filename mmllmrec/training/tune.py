@@ -70,7 +70,7 @@ def tune(
     *,
     space: Mapping[str, Range],
     settings: Mapping[str, Any] | None = None,
-    start: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     trials: int = 8,
     minutes: float | None = None,
     seed: int = 0,
@@ -86,8 +86,9 @@ def tune(
     before it, to a list of choices (plain values), to ``(low, high)`` (whole numbers where both are) or to ``(low,
     high, "log")``. ``settings`` are the fixed keywords of ``fit``; without them the model's own ``fit_defaults``.
 
-    The first trial is the published setting: ``start``, else the defaults of ``build`` and of the fit settings. The
-    others come from a tree-structured Parzen estimator (Bergstra et al. 2011), whose first third is drawn at random.
+    The first trial is the published setting: ``start``, else the defaults of ``build`` and of the fit settings; of a
+    list of settings each is a trial, in order, none of them cut off. The others come from a tree-structured Parzen
+    estimator (Bergstra et al. 2011), whose first third is drawn at random.
     With ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median
     rule), after a quarter of its epochs. Every trial has the same seed, so that settings are compared and not luck.
 
@@ -108,24 +109,27 @@ def tune(
     if trials < 1 or (minutes is not None and minutes <= 0):
         raise DataError(f"trials={trials}, minutes={minutes}: a budget is at least one trial, and more than no time")
     ranges = {name: _distribution(name, values) for name, values in space.items()}
-    known = {**_names(build, ranges), **(start or {})}
+    starts = [start or {}] if start is None or isinstance(start, Mapping) else [dict(s) for s in start]
+    if not starts or any(s.keys() != starts[0].keys() for s in starts):
+        raise DataError("start: give settings, or a list of settings of the same names")
+    known = {**_names(build, ranges), **starts[0]}
     for name in ranges:
         if name not in known:
             raise DataError(f"space: build has no default for {name!r}; pass start={{{name!r}: ...}}, as published")
     began = time.perf_counter()
     seed_everything(seed)
-    first = build(split, **_unprefixed(start or {}, fits=False))
+    first = build(split, **_unprefixed(starts[0], fits=False))
     fixed = dict(settings if settings is not None else getattr(first, "fit_defaults", {}))
     for key in fixed:
         if key in FIXED or key not in inspect.signature(fit).parameters:
             raise DataError(f"settings: fit takes no {key!r} here; use {sorted(_fit_names())}")
-    given = {**known, **{f"fit.{k}": v for k, v in fixed.items()}, **(start or {})}
-    published = _published(ranges, given, start or {})
+    given = {**known, **{f"fit.{k}": v for k, v in fixed.items()}}
+    published = [_published(ranges, {**given, **s}, s) for s in starts]
     epochs = int(fixed.get("epochs", inspect.signature(fit).parameters["epochs"].default))
     asked: dict[str, Any] = {
         "space": {k: list(v) for k, v in space.items()},
         "fit": fixed,
-        "start": published,
+        "start": published if len(published) > 1 else published[0],
         "monitor": monitor,
     }
     asked |= {"prune": prune, "model": first.name, "trials": trials, "minutes": minutes}
@@ -140,7 +144,7 @@ def tune(
         own = int(stream(seed, "trial", number).generate_state(1)[0])
         return optuna.samplers.TPESampler(seed=own, n_startup_trials=max(trials // 3, 2))
 
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=epochs // 4)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=max(2, len(published)), n_warmup_steps=epochs // 4)
     study = optuna.create_study(
         storage=_storage(place, resume),
         study_name="tune",
@@ -152,7 +156,8 @@ def tune(
         raise DataError(f"{place} holds another search (data, seed, space or settings): pass another, or resume=False")
     study.set_user_attr("key", key)
     if not study.get_trials(deepcopy=False):
-        study.enqueue_trial(published)
+        for one in published:
+            study.enqueue_trial(one)
 
     def spent() -> float:
         return sum(t.user_attrs.get("seconds", 0.0) for t in study.get_trials(deepcopy=False))
