@@ -161,7 +161,7 @@ def test_the_whitening_of_a_head_is_fitted_once_and_does_not_train():
         + 7
     )
     head = Whiten([4])
-    head.fit(rows, eps=1e-9)
+    head.fit(rows, shrink=1e-9)
     white = (rows - head.mean) @ head.matrix
     covariance = white.T @ white / len(rows)
     torch.testing.assert_close(covariance, torch.diag(torch.tensor([1.0, 1, 1, 0])), atol=1e-2, rtol=0)

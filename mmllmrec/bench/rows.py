@@ -19,6 +19,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.dataset import RecDataset, load_dataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
+from mmllmrec.encoders.heads import SHRINK
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.seed import generator
 
@@ -143,7 +144,7 @@ def two_stage_features(
     layer, keep = found[1], int(found[2])
     if layer is None:
         table = FeatureTable.from_catalog(split.catalog, fit_on=warm)
-        return (table if modalities is None else table.only(modalities)).whiten(warm, keep)
+        return (table if modalities is None else table.only(modalities)).whiten(warm, keep, shrink=SHRINK)
     from mmllmrec.models.unified import PRESETS, Unified
 
     chosen = replace(PRESETS[preset], enter=int(layer))
@@ -220,7 +221,9 @@ def two_stage_row(
         from mmllmrec.models import TwoStage
 
         table = two_stage_features(split, features, asked.preset, modalities=modalities)
-        return TwoStage(split.train, features=change(table, split) if change else table, **options)
+        senses = [m for m in split.catalog.modalities if m not in ("image", "text")]
+        early = tuple(m for m in table.modalities if m not in senses) or None  # as the unified model's heads read
+        return TwoStage(split.train, features=change(table, split) if change else table, early=early, **options)
 
     from mmllmrec.models import TwoStage
 

@@ -141,8 +141,8 @@ class Backbone(nn.Module):
     item's own tokens (a bidirectional model gives the mean alone). Beside them, around the language model: the pooled
     picture and its patches' mean, the mean of the words' states where they enter, and each further modality's pooled
     state. All are whitened (``Whiten``, fitted on what the towers say before they train) and go to ``Heads``: early
-    over all of them, late over each modality alone. The towers come frozen or with LoRA; resamplers, further senses
-    and heads train.
+    over those of the pretrained towers, late over each modality alone. The towers come frozen or with LoRA; resamplers,
+    further senses and heads train.
 
     ``senses`` are encoders of modalities besides pictures and words: called on what is present they give pooled (B, P)
     and tokens (B, N, P), and have ``pooled_width`` and ``token_width``. ``paths`` limits what is fused ("early" and
@@ -184,7 +184,9 @@ class Backbone(nn.Module):
         else:
             widths = {m: w for m, w in widths.items() if m in self.paths}
         self.whiten = nn.ModuleDict({m: Whiten(w) for m, w in widths.items()})
-        self.heads = Heads({m: w.width for m, w in self.whiten.items()}, dim, paths=self.paths, fusion=fusion)  # type: ignore[misc]
+        told: dict[str, int] = {m: w.width for m, w in self.whiten.items()}  # type: ignore[misc]
+        pretrained = [m for m in told if m not in self.senses]
+        self.heads = Heads(told, dim, paths=self.paths, fusion=fusion, early=pretrained)
         self.register_buffer("mean", torch.tensor(vision.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(vision.std).view(1, 3, 1, 1), persistent=False)
 

@@ -16,6 +16,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.fusion import FUSIONS
 
 EARLY = "early"
+KEEP, SHRINK = 48, 0.3  # axes of a tower's states, and what is added to their variances, as a share of the mean one
 
 
 def unit(x: Tensor) -> Tensor:
@@ -38,16 +39,16 @@ class Whiten(nn.Module):
     """States of a tower -> uncorrelated columns of unit variance: (B, V) -> (B, K). Fitted once, before training.
 
     States of pretrained towers share a large mean and vary in few directions: a linear map on them as they are hardly
-    trains, and one on all of them whitened hears mostly noise. x is ``widths`` parts side by side; of each, (x - mean)
-    V_k diag(lambda_k + eps tr/V)^-1/2 with its k = ``keep`` largest eigenpairs of the covariance (fewer where it is
-    narrower). Until ``fit`` it is the first k columns of each. Mean and map are buffers: they are saved, and do not
-    train.
+    trains, and one on all of them at unit variance hears mostly noise. x is ``widths`` parts side by side; of each,
+    (x - mean) V_k diag(lambda_k + ``shrink`` tr/V)^-1/2 with its k = ``keep`` largest eigenpairs of the covariance
+    (fewer where it is narrower). Until ``fit`` it is the first k columns of each. Mean and map are buffers: they are
+    saved, and do not train.
     """
 
     mean: Tensor
     matrix: Tensor
 
-    def __init__(self, widths: Sequence[int], *, keep: int = 48):
+    def __init__(self, widths: Sequence[int], *, keep: int = KEEP):
         super().__init__()
         self.widths, self.keep = tuple(widths), keep
         self.register_buffer("mean", torch.zeros(sum(widths)))
@@ -59,7 +60,7 @@ class Whiten(nn.Module):
         return self.matrix.shape[1]
 
     @torch.no_grad()
-    def fit(self, rows: Tensor, *, eps: float = 0.01) -> None:
+    def fit(self, rows: Tensor, *, shrink: float = SHRINK) -> None:
         """Fit mean and map on rows (n, V)."""
         rows = rows.double()
         mean = rows.mean(dim=0)
@@ -68,7 +69,7 @@ class Whiten(nn.Module):
             variance, axes = torch.linalg.eigh(part.T @ part / max(len(rows), 1))
             keep = min(part.shape[1], self.keep)
             variance, axes = variance.flip(0)[:keep], axes.flip(1)[:, :keep]
-            floor = eps * part.square().mean() + 1e-12
+            floor = shrink * part.square().mean() + 1e-12
             # an axis without variance gets no say, however the solver turned it
             scale = torch.where(variance > 1e-9 * variance.max(), (variance.clamp(min=0) + floor).rsqrt(), 0.0)
             maps.append(axes * scale)
@@ -83,15 +84,25 @@ class Whiten(nn.Module):
 class Heads(nn.Module):
     """States of several kinds -> one vector of an item, early and late at once, by presence.
 
-    early: e = LN(W x + V gelu(U x)) over all states side by side, x = [f_1; ...; f_N; presence], an absent one zero:
-    the hidden layer is there because tastes for combinations are not linear in what is said. late: l_m = LN(W_m f_m), a
+    early: e = LN(W x + V gelu(U x)) over states side by side, x = [f_1; ...; f_N; presence], an absent one zero: the
+    hidden layer is there because tastes for combinations are not linear in what is said. late: l_m = LN(W_m f_m), a
     path a kind. fused: a fusion over {e, l_1, ..., l_M} masked by presence (``fusion.FUSIONS``).
 
-    ``widths`` {kind: K} are the states; ``paths`` what is fused, of "early" and kinds; all kinds are read early. Raises
-    ``DataError`` for a path or a fusion that is none.
+    ``widths`` {kind: K} are the states; ``paths`` what is fused, of "early" and kinds; ``early`` the kinds that are
+    read early, all without it. States that are trained from nothing do not belong there: they learn which item is
+    which, and a network that can tell items apart does not look for what combines. Raises ``DataError`` for a path or a
+    fusion that is none.
     """
 
-    def __init__(self, widths: Mapping[str, int], dim: int, *, paths: Sequence[str], fusion: str):
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        dim: int,
+        *,
+        paths: Sequence[str],
+        fusion: str,
+        early: Sequence[str] | None = None,
+    ):
         super().__init__()
         known = (EARLY, *widths)
         if not paths or any(p not in known for p in paths):
@@ -99,8 +110,9 @@ class Heads(nn.Module):
         if fusion not in FUSIONS:
             raise DataError(f"fusion={fusion!r}: one of {sorted(FUSIONS)}")
         self.widths, self.paths, self.dim = dict(widths), tuple(paths), dim
+        self.early = tuple(widths) if early is None else tuple(early)
         if EARLY in self.paths:
-            everything = sum(widths.values()) + len(widths)
+            everything = sum(widths[m] for m in self.early) + len(self.early)
             self.linear = nn.Linear(everything, dim)
             self.bend = nn.Sequential(nn.Linear(everything, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
             self.norm = nn.LayerNorm(dim)
@@ -111,11 +123,11 @@ class Heads(nn.Module):
 
     def forward(self, states: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Content:
         """``states`` {kind: (B, K)}, zero where absent, and ``present`` {kind: (B,) bool}, of all kinds."""
-        here = torch.stack([present[m] for m in self.widths], dim=1)
         vectors, known = {}, {}
         for path in self.paths:
             if path == EARLY:
-                x = torch.cat([*(states[m] for m in self.widths), here.to(next(iter(states.values())))], dim=1)
+                here = torch.stack([present[m] for m in self.early], dim=1)
+                x = torch.cat([*(states[m] for m in self.early), here.to(self.linear.weight)], dim=1)
                 vectors[path], known[path] = self.norm(self.linear(x) + self.bend(x)), here.any(dim=1)
             else:
                 vectors[path], known[path] = self.late[path](states[path]), present[path]

@@ -187,20 +187,21 @@ class FeatureTable:
 
         return self._fitted(fit, fit_on)
 
-    def whiten(self, fit_on: np.ndarray, dim: int) -> FeatureTable:
+    def whiten(self, fit_on: np.ndarray, dim: int, *, shrink: float = 0.0) -> FeatureTable:
         """PCA whitening to at most ``dim`` columns a modality: uncorrelated, of unit variance on the present items of
-        ``fit_on`` (I,) bool.
+        ``fit_on`` (I,) bool, or with ``shrink`` of less, the smaller the variance was.
 
-        x -> (x - mean) V_d diag(lambda)^-1/2 with the d largest eigenpairs of the covariance (divisor n); directions
-        with less than 1e-6 of the largest variance are left out, so the result may be narrower.
+        x -> (x - mean) V_d diag(lambda + shrink tr/D_m)^-1/2 with the d largest eigenpairs of the covariance (divisor
+        n) and its trace tr; directions with less than 1e-6 of the largest variance are left out, so the result may be
+        narrower.
         """
-        if dim < 1:
-            raise DataError(f"dim={dim}: keep at least one column")
+        if dim < 1 or shrink < 0:
+            raise DataError(f"dim={dim}, shrink={shrink}: keep at least one column, and shrink by 0 or more")
 
         def fit(rows: np.ndarray) -> Affine:
             mean = rows.mean(axis=0)
             variance, axes = _principal(rows - mean, dim)
-            matrix = axes / np.sqrt(np.maximum(variance, 1e-12))
+            matrix = axes / np.sqrt(np.maximum(variance + shrink * (rows - mean).var(axis=0).mean(), 1e-12))
             return Affine(matrix, -mean @ matrix)
 
         return self._fitted(fit, fit_on)

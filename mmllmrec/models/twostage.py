@@ -22,11 +22,11 @@ class TwoStage(ReadsFeatures, Hybrid):
 
     Heads and fusion are ``encoders.Heads``, those of the unified model. Its twin on the same towers reads
     ``Unified.tower_features()``. Given the true factors of a planted world as ``features`` it is the factor-fed twin,
-    the ceiling of perception.
-    ``features`` or ``catalog``, ``feature_dim``: as in ``ContentModel``. ``paths`` and ``fusion``: as in ``Heads``.
+    the ceiling of perception. ``features`` or ``catalog``, ``feature_dim``: as in ``ContentModel``; ``paths``,
+    ``fusion`` and ``early``: as in ``Heads``.
     """
 
-    fit_defaults: ClassVar[dict[str, Any]] = {"epochs": 24, "item_batch": 128, "eval_every": 4, "lr": 4e-3}
+    fit_defaults: ClassVar[dict[str, Any]] = {"epochs": 20, "item_batch": 128, "eval_every": 4, "lr": 5e-3}
     fit_defaults |= {"schedule": "cosine", "warmup": 0.05, "clip": 1.0}
 
     def __init__(
@@ -39,14 +39,15 @@ class TwoStage(ReadsFeatures, Hybrid):
         dim: int = 64,
         paths: tuple[str, ...] | None = None,
         fusion: str = "concat",
+        early: tuple[str, ...] | None = None,
         **options: Any,
     ):
         names = features.modalities if features is not None else catalog.modalities if catalog is not None else ()
         paths = (EARLY, *names) if paths is None else tuple(paths)
         super().__init__(train, dim=dim, paths=paths, feature_dim=feature_dim, fusion=fusion, **options)
-        self.config["paths"] = list(paths)
+        self.config |= {"paths": list(paths), "early": None if early is None else list(early)}
         self._read(catalog, features, feature_dim)
-        self.heads = Heads(self.features.widths, dim, paths=paths, fusion=fusion)
+        self.heads = Heads(self.features.widths, dim, paths=paths, fusion=fusion, early=early)
 
     def content(self, index: Tensor) -> Content:
         rows = self.described[index]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, tokenise
-from mmllmrec.encoders.heads import EARLY, Content
+from mmllmrec.encoders.heads import EARLY, KEEP, SHRINK, Content
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
 from mmllmrec.features.extractor import source_name
@@ -337,13 +337,14 @@ class Unified(Hybrid):
         return found
 
     @torch.no_grad()
-    def tower_features(self, *, keep: int = 48) -> FeatureTable:
+    def tower_features(self, *, keep: int = KEEP) -> FeatureTable:
         """What the towers say of every item as they are now, as frozen features of other models.
 
         Tables ``image`` (pooled) and ``patches`` (their mean), ``text`` (mean of the words' states where soft tokens
         enter: language layer ``enter``), ``joint`` (the language model's read-out over picture and words) and
-        ``tokens`` (the mean of its states), each whitened on train items to ``keep`` columns; a sense that has no
-        pretrained tower has its descriptors. Before ``fit`` these are the features of the two-stage twin.
+        ``tokens`` (the mean of its states), each whitened on train items to ``keep`` columns as before the heads; a
+        sense that has no pretrained tower has its descriptors. Before ``fit`` these are the features of the two-stage
+        twin.
         """
         with self.evaluating():
             blocks = torch.arange(self.n_items).split(256)
@@ -372,7 +373,7 @@ class Unified(Hybrid):
         if others:
             described = FeatureTable.from_catalog(self.catalog, fit_on=warm)
             table = table.beside(described.only(others))
-        return table.whiten(warm, keep)
+        return table.whiten(warm, keep, shrink=SHRINK)
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
