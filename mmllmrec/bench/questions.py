@@ -18,6 +18,7 @@ from mmllmrec.bench.ask import VALID, Budget, Question, ask
 from mmllmrec.bench.measures import RECOVERED, knocked_out, named, points, recovered
 from mmllmrec.bench.rows import (
     TWIN,
+    TWIN_PRESENT,
     Row,
     Setup,
     randomised,
@@ -99,13 +100,13 @@ def q1(
         Claim("Unified", SOFTMAXED, "warm"),
     ]
     if _planted(asked):
-        rows.append(twin_row())
-        claims += [Claim("Unified", TWIN, row, share=True) for row in ("warm", "cold")]
+        rows += [twin_row(), twin_row(present=True)]
+        claims += [Claim("Unified", twin, row, share=True) for twin in (TWIN, TWIN_PRESENT) for row in ("warm", "cold")]
     question = Question(
         "q1",
         "Q1, one unified model:",
         rows,
-        Layout({NDCG: [*RANKED, *COSTS]}, grey=("Oracle", TWIN)),
+        Layout({NDCG: [*RANKED, *COSTS]}, grey=("Oracle", TWIN, TWIN_PRESENT)),
         cold_items,
         claims=claims,
         controls=tuple(f"shuffled {m}" for m in asked.data.catalog.modalities),

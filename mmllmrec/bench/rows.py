@@ -24,7 +24,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.seed import generator
 
 DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k")
-TWIN = "Factor-fed twin"
+TWIN, TWIN_PRESENT = "Factor-fed twin", "Factor-fed twin, of present content"
 LR, DECAY = (3e-4, 1e-2, "log"), (0.1, 3.0, "log")
 HYBRID = {"fit.lr": (1e-3, 1e-2, "log"), "reg_user": (5e-3, 0.1, "log"), "reg_item": (0.5, 8.0, "log")}
 # what of each system is searched, the published setting first; everything else, the width of 64 too, stays
@@ -233,21 +233,27 @@ def two_stage_row(
     return Row(name, build, TwoStage.fit_defaults, search="TwoStage", **tuned)
 
 
-def twin_row() -> Row:
-    """The two-stage model fed the true factors and their cross: the ceiling of perception on a planted world."""
+def twin_row(*, present: bool = False) -> Row:
+    """The two-stage model fed the true factors and their cross: the ceiling of perception on a planted world; with
+    ``present`` those alone that an item's content shows, for one whose picture is missing shows none."""
 
     def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
         from mmllmrec.models import TwoStage
 
         assert isinstance(split.data, Atelier)
-        rows = split.data.factor_features(cross=True)
-        deviation = rows.std(0)
-        rows = (rows - rows.mean(0)) / np.where(deviation > 0, deviation, 1)
-        table = FeatureTable({"factors": rows}, np.ones((len(rows), 1), dtype=bool))
+        if present:
+            shown = split.data.perceptible()
+            table = FeatureTable({m: x for m, (x, _) in shown.items()}, np.stack([p for _, p in shown.values()], 1))
+        else:
+            rows = split.data.factor_features(cross=True)
+            table = FeatureTable({"factors": rows}, np.ones((len(rows), 1), dtype=bool))
+        table = table.standardise(np.ones(len(table), dtype=bool))
         return TwoStage(split.train, features=table, **options)
 
     from mmllmrec.models import TwoStage
 
+    if present:
+        return Row(TWIN_PRESENT, build, TwoStage.fit_defaults, search=TWIN)
     return Row(TWIN, build, TwoStage.fit_defaults, search=TWIN, space=SPACES[TWIN], start=STARTS[TWIN])
 
 

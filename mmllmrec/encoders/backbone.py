@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllmrec.encoders.heads import EARLY, Content, Heads, Whiten
+from mmllmrec.encoders.heads import EARLY, KEEP, Content, Heads, Whiten
 from mmllmrec.features.prompts import IMAGE, Prompt
 from mmllmrec.features.towers import Language, Vision, layers_of, look_above, look_below
 
@@ -139,14 +139,15 @@ class Backbone(nn.Module):
 
     [prompt | soft tokens | words | EMB] -> language model -> joint states: the read-out h_EMB and the mean over the
     item's own tokens (a bidirectional model gives the mean alone). Beside them, around the language model: the pooled
-    picture and its patches' mean, the mean of the words' states where they enter, and each further modality's pooled
-    state. All are whitened (``Whiten``, fitted on what the towers say before they train) and go to ``Heads``: early
-    over those of the pretrained towers, late over each modality alone. The towers come frozen or with LoRA; resamplers,
-    further senses and heads train.
+    picture and its patches' mean, the mean of the words' embeddings (and of their states above frozen layers), and each
+    further modality's pooled state. All are whitened (``Whiten``, fitted on what the towers say before they train) and
+    go to ``Heads``: early over those of the pretrained towers, late over each modality alone. The towers come frozen or
+    with LoRA; resamplers, further senses and heads train.
 
     ``senses`` are encoders of modalities besides pictures and words: called on what is present they give pooled (B, P)
     and tokens (B, N, P), and have ``pooled_width`` and ``token_width``. ``paths`` limits what is fused ("early" and
-    modalities): without "early" the language model is not run. ``fusion`` is one of ``fusion.FUSIONS``.
+    modalities): without "early" the language model is not run. ``fusion`` is one of ``fusion.FUSIONS``; ``keep`` is
+    how many axes of a state the heads hear.
 
     ``enter`` is the language layer at which soft tokens and read-out come in: the layers below it are frozen and read
     the words alone. ``look`` is how many layers of the vision tower are frozen. What frozen layers give an item never
@@ -162,6 +163,7 @@ class Backbone(nn.Module):
         soft: int = 4,
         enter: int = 0,
         look: int = 0,
+        keep: int = KEEP,
         senses: Mapping[str, nn.Module] | None = None,
         paths: tuple[str, ...] | None = None,
         fusion: str = "gate",
@@ -175,7 +177,7 @@ class Backbone(nn.Module):
             {m: Resampler(s.token_width, width, tokens=1) for m, s in self.senses.items()}  # type: ignore[arg-type]
         )
         self.read = nn.Parameter(torch.randn(width) * 0.02)
-        widths = {"image": [vision.pooled_width, vision.token_width], "text": [width]}
+        widths = {"image": [vision.pooled_width, vision.token_width], "text": [width, width] if enter else [width]}
         widths |= {m: [s.pooled_width] for m, s in self.senses.items()}  # type: ignore[list-item]
         everything = (EARLY, *widths)
         self.paths = everything if paths is None else tuple(paths)
@@ -183,7 +185,7 @@ class Backbone(nn.Module):
             widths = {JOINT: [width] * (1 + self.causal)} | widths
         else:
             widths = {m: w for m, w in widths.items() if m in self.paths}
-        self.whiten = nn.ModuleDict({m: Whiten(w) for m, w in widths.items()})
+        self.whiten = nn.ModuleDict({m: Whiten(w, keep=keep) for m, w in widths.items()})
         told: dict[str, int] = {m: w.width for m, w in self.whiten.items()}  # type: ignore[misc]
         pretrained = [m for m in told if m not in self.senses]
         self.heads = Heads(told, dim, paths=self.paths, fusion=fusion, early=pretrained)
@@ -215,13 +217,17 @@ class Backbone(nn.Module):
             return read
 
     def assemble(self, items: Items, soft: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What enters the language model (B, L, W), attention mask (B, L) and the mean of the words' states (B, W).
+        """What enters the language model (B, L, W), attention mask (B, L) and the mean of the words' embeddings, with
+        that of their states above frozen layers after it, (B, W) or (B, 2 W).
 
         ``soft`` are each modality's soft tokens, of the items that have it, in order.
         """
         x = self.below(items.tokens) if items.states is None else items.states
+        said = [x]
+        if self.enter:  # what a word is by itself is lost on the way up
+            said = [self.language.get_input_embeddings()(items.tokens.clamp(min=0)), x]
         words = items.words[..., None]
-        pooled = (x * words).sum(1) / words.sum(1).clamp(min=1)
+        pooled = torch.cat([(w * words).sum(1) / words.sum(1).clamp(min=1) for w in said], dim=1)
         for number, modality in enumerate(("image", *self.senses)):
             tokens = soft.get(modality)
             if tokens is not None and tokens.numel():

@@ -47,6 +47,7 @@ class Preset:
     tokens: int = 48  # a row's longest, soft tokens included
     soft: int = 4
     rank: int = 8
+    keep: int = KEEP  # axes of each state of a tower that the heads hear
     look: int = 0
     enter: int = 0
     cached: tuple[int, int] = (3, 2)
@@ -55,9 +56,9 @@ class Preset:
 
 PRESETS = {
     "nano": Preset(),
-    "minilm": Preset(language="minilm", tokens=32, cached=(3, 5)),
+    "minilm": Preset(language="minilm", tokens=32, keep=96, cached=(3, 5)),
     "base": Preset(
-        vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8, cached=(11, 22)
+        vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8, keep=96, cached=(11, 22)
     ),
 }
 TRAINERS = ("cached", "end_to_end")
@@ -147,6 +148,7 @@ class Unified(Hybrid):
             soft=preset.soft,
             enter=preset.enter,
             look=preset.look,
+            keep=preset.keep,
             senses={m: self._sense(m) for m in senses},
             paths=paths,
             fusion=fusion,
@@ -340,17 +342,17 @@ class Unified(Hybrid):
     def tower_features(self, *, keep: int = KEEP) -> FeatureTable:
         """What the towers say of every item as they are now, as frozen features of other models.
 
-        Tables ``image`` (pooled) and ``patches`` (their mean), ``text`` (mean of the words' states where soft tokens
-        enter: language layer ``enter``), ``joint`` (the language model's read-out over picture and words) and
-        ``tokens`` (the mean of its states), each whitened on train items to ``keep`` columns as before the heads; a
-        sense that has no pretrained tower has its descriptors. Before ``fit`` these are the features of the two-stage
-        twin.
+        Tables ``image`` (pooled) and ``patches`` (their mean), ``text`` (mean of the words' embeddings) and ``context``
+        (of their states at language layer ``enter``, above 0), ``joint`` (the language model's read-out over picture
+        and words) and ``tokens`` (the mean of its states), each whitened on train items to ``keep`` columns as before
+        the heads; a sense that has no pretrained tower has its descriptors. Before ``fit`` these are the features of
+        the two-stage twin.
         """
         with self.evaluating():
             blocks = torch.arange(self.n_items).split(256)
             found = [self.backbone.states(self.items.take(b).to(self.device)) for b in blocks]
         widths: dict[str, tuple[int, ...]] = {m: w.widths for m, w in self.backbone.whiten.items()}  # type: ignore[misc]
-        names = {"image": ("image", "patches"), "text": ("text",), JOINT: ("joint", "tokens")}
+        names = {"image": ("image", "patches"), "text": ("text", "context"), JOINT: ("joint", "tokens")}
         tables, presence = {}, []
         for path, parts in names.items():
             if all(path not in f for f in found):

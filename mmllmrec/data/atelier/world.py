@@ -36,6 +36,13 @@ TERMS: dict[str, tuple[frozenset[str], ...]] = {
     "scent": (frozenset({"sensor"}),),
     "popularity": (frozenset(),),
 }
+# modality -> the factors that it shows
+SHOWS = {
+    "image": ("hue", "pattern", "backdrop", "kind"),
+    "text": ("material", "occasion", "maker", "kind"),
+    "audio": ("chime",),
+    "sensor": ("scent",),
+}
 YEAR = 365 * 24 * 3600
 PHASES = 10  # a year's tenths: items arrive and users choose phase by phase
 
@@ -116,6 +123,19 @@ class Atelier(RecDataset):
             sign = (2 * self.table["backdrop"] - 1) * (2 * self.table["maker"] - 1)
             parts.append(sign[:, None].astype(np.float32))
         return np.concatenate(parts, axis=1)
+
+    def perceptible(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """True factors by what shows them: {modality: (one-hot levels (I, F_m) float32, present (I,) bool)}, and
+        ``cross``, the interaction's cell, of items with picture and words."""
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for modality in self.catalog.modalities:
+            levels = [self.table[f] for f in SHOWS[modality]]
+            rows = np.concatenate([np.eye(int(v.max()) + 1, dtype=np.float32)[v] for v in levels], axis=1)
+            found[modality] = rows, self.catalog.present(modality)
+        sign = (2 * self.table["backdrop"] - 1) * (2 * self.table["maker"] - 1)
+        both = self.catalog.present("image") & self.catalog.present("text")
+        found["cross"] = sign[:, None].astype(np.float32), both
+        return found
 
     def utilities(self, users: np.ndarray, *, without: Iterable[str] | str = ()) -> np.ndarray:
         """True utilities before noise, (B,) -> (B, I) float32; a term that cannot be known ``without`` the named
