@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ def place(number: int) -> int:
 @dataclass
 class Items:
     """Raw items as tensors: tokens (B, L) int64 (see ``tokenise``), words (B, L) bool (which tokens are the item's own
-    text), raw {modality: (B, ...)} (the picture as (B, 3, S, S) uint8), present {modality: (B,) bool} with ``text``.
+    text), raw {modality: (B, ...)} (the picture as (B, 3, S, S) uint8), present {modality: (B,) bool} with ``text``,
+    said (B, W) the mean embedding of all words (``word_means``), which the heads read.
 
     What frozen layers make of them never changes and can be kept: states (B, L, W) of the language model
     (``Backbone.below``), seen (B, N + 1, V) of the vision tower (``towers.look_below``).
@@ -40,6 +41,7 @@ class Items:
     words: Tensor
     raw: dict[str, Tensor]
     present: dict[str, Tensor]
+    said: Tensor | None = None
     states: Tensor | None = None
     seen: Tensor | None = None
 
@@ -53,6 +55,7 @@ class Items:
             self.words.to(device),
             {m: t.to(device) for m, t in self.raw.items()},
             {m: t.to(device) for m, t in self.present.items()},
+            None if self.said is None else self.said.to(device),
             None if self.states is None else self.states.to(device),
             None if self.seen is None else self.seen.to(device),
         )
@@ -66,6 +69,7 @@ class Items:
             self.words[index, :length],
             {m: t[index] for m, t in self.raw.items()},
             {m: t[index] for m, t in self.present.items()},
+            None if self.said is None else self.said[index],
             None if self.states is None else self.states[index, :length],
             None if self.seen is None else self.seen[index],
         )
@@ -89,13 +93,10 @@ def tokenise(
     """
     tok = language.tokenizer
     rows, own = [], []
-    empty = prompt.render(**dict.fromkeys(prompt.inputs, "")).partition(IMAGE)[2].strip()
     counts = {m: soft if isinstance(soft, int) else soft[m] for m in senses}
     here = {m: p.tolist() for m, p in senses.items()}
-    for i, item in enumerate(fields):
-        before, _, after = prompt.render(**item).partition(IMAGE)
+    for i, (before, tail) in enumerate(_worded(tok, prompt, fields)):
         head = tok(before, add_special_tokens=False)["input_ids"]
-        tail = tok(after, add_special_tokens=False)["input_ids"] if after.strip() != empty else []
         middle = [place(n) for n, m in enumerate(senses) if here[m][i] for _ in range(counts[m])]
         start, end = ([], [READ]) if language.causal else ([tok.cls_token_id], [tok.sep_token_id])
         tail = tail[: max(length - len(start) - len(head) - len(middle) - len(end), 0)]
@@ -108,6 +109,31 @@ def tokenise(
         tokens[i, : len(row)] = torch.tensor(row)
         words[i, : len(row)] = torch.tensor(mark)
     return tokens, words
+
+
+def _worded(tokenizer: Any, prompt: Prompt, fields: list[dict[str, str]]) -> Iterator[tuple[str, list[int]]]:
+    """What a prompt says of each item before the picture's place, and the tokens after it, none where all is empty."""
+    empty = prompt.render(**dict.fromkeys(prompt.inputs, "")).partition(IMAGE)[2].strip()
+    for item in fields:
+        before, _, after = prompt.render(**item).partition(IMAGE)
+        # no model reads the row as it is: a text longer than the model's context is no mistake here
+        rows = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after.strip() != empty else []
+        yield before, rows
+
+
+@torch.no_grad()
+def word_means(language: Language, prompt: Prompt, fields: list[dict[str, str]]) -> Tensor:
+    """The mean of the input embeddings of each item's words, however many: -> (I, W), zero for an item without words.
+
+    A bag of words costs nothing, and it does not end where the language model's row does.
+    """
+    table = language.model.get_input_embeddings().weight  # type: ignore[operator]
+    rows = [torch.tensor(tail, dtype=torch.long) for _, tail in _worded(language.tokenizer, prompt, fields)]
+    lengths = torch.tensor([len(r) for r in rows])
+    starts = lengths.cumsum(0) - lengths
+    ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+    found: Tensor = torch.nn.functional.embedding_bag(ids.to(table.device), table, starts.to(table.device), mode="mean")
+    return found.float().cpu()
 
 
 class Resampler(nn.Module):
@@ -217,24 +243,18 @@ class Backbone(nn.Module):
             return read
 
     def assemble(self, items: Items, soft: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What enters the language model (B, L, W), attention mask (B, L) and the mean of the words' embeddings, with
-        that of their states above frozen layers after it, (B, W) or (B, 2 W).
-
-        ``soft`` are each modality's soft tokens, of the items that have it, in order.
-        """
+        """What enters the language model (B, L, W), attention mask (B, L) and the mean of the words' states there
+        (B, W). ``soft`` are each modality's soft tokens, of the items that have it, in order."""
         x = self.below(items.tokens) if items.states is None else items.states
-        said = [x]
-        if self.enter:  # what a word is by itself is lost on the way up
-            said = [self.language.get_input_embeddings()(items.tokens.clamp(min=0)), x]
         words = items.words[..., None]
-        pooled = torch.cat([(w * words).sum(1) / words.sum(1).clamp(min=1) for w in said], dim=1)
+        context = (x * words).sum(1) / words.sum(1).clamp(min=1)
         for number, modality in enumerate(("image", *self.senses)):
             tokens = soft.get(modality)
             if tokens is not None and tokens.numel():
                 # rows of ``tokens`` are those of the items that have it, in order, as are the places for them
                 x = x.masked_scatter((items.tokens == place(number))[..., None], tokens.to(x.dtype))
         x = torch.where((items.tokens == READ)[..., None], self.read, x)
-        return x, items.tokens != PAD, pooled
+        return x, items.tokens != PAD, context
 
     def states(self, items: Items) -> dict[str, tuple[Tensor, Tensor]]:
         """What the towers say, before whitening and heads: {kind: (rows (n, V), present (B,) bool)}, a row an item that
@@ -255,10 +275,13 @@ class Backbone(nn.Module):
                 found[m] = pooled, here
                 if early:
                     soft[m] = self.resamplers[m](tokens)
-        x, mask, words = self.assemble(items, soft)
+        x, mask, context = self.assemble(items, soft)
         text = items.present["text"]
         if ("text" in self.paths or early) and bool(text.any()):
-            found["text"] = words[text], text
+            assert items.said is not None  # see ``word_means``
+            # what a word is by itself is lost on the way up through frozen layers: both are kept
+            said = items.said.to(context.dtype)
+            found["text"] = (torch.cat([said, context], dim=1) if self.enter else said)[text], text
         if early:
             model = layers_of(_own(self.language), self.enter) if self.enter else self.language
             h = model(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state

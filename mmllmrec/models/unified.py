@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, tokenise
+from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, tokenise, word_means
 from mmllmrec.encoders.heads import EARLY, KEEP, SHRINK, Content
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
@@ -231,7 +231,7 @@ class Unified(Hybrid):
         raw |= {m: torch.from_numpy(catalog.signal(m)) for m in self.backbone.senses}
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
         before: Items | None = getattr(self, "items", None)
-        self.items = Items(tokens, words, raw, present)
+        self.items = Items(tokens, words, raw, present, word_means(self._language, self.prompt, fields))
         self.items.states, self.items.seen = self._frozen(self.items, before)
         looks: dict[Any, int] = {}
         shown = [pixels.reshape(len(pixels), -1), *(raw[m].numpy() for m in self.backbone.senses)]
