@@ -8,7 +8,7 @@ import torch
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, in_batch
-from mmllmrec.encoders.heads import Whiten, unit
+from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.history import HistoryEncoder, HistoryMean, Moments
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models import Recommender, TwoStage
@@ -152,20 +152,6 @@ def test_terms_are_those_asked_for_and_each_has_a_gradient():
     terms = model.loss(batch)
     terms["modality"].backward()
     assert model.heads.late["b"][0].weight.grad.abs().sum() > 0 and model.user_ids.weight.grad is None
-
-
-def test_the_whitening_of_a_head_is_fitted_once_and_does_not_train():
-    rng = torch.Generator().manual_seed(0)
-    rows = (
-        torch.randn(997, 4, generator=rng) @ torch.tensor([[9.0, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0.1, 0], [0, 0, 0, 0]])
-        + 7
-    )
-    head = Whiten([4])
-    head.fit(rows, shrink=1e-9)
-    white = (rows - head.mean) @ head.matrix
-    covariance = white.T @ white / len(rows)
-    torch.testing.assert_close(covariance, torch.diag(torch.tensor([1.0, 1, 1, 0])), atol=1e-2, rtol=0)
-    assert not any(name in ("mean", "whiten") for name, _ in head.named_parameters())
 
 
 def worlds_model(**options):
