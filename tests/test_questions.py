@@ -14,6 +14,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.protocols import harmonic
 from mmllmrec.evaluation.significance import clustered_bootstrap, over_seeds
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models import Unified
 from mmllmrec.runcard import RunCard
 from mmllmrec.seed import generator
 from mmllmrec.training import fit as training
@@ -61,6 +62,12 @@ def test_q1_is_tuned_once_told_with_verdicts_and_never_run_twice(asked, tmp_path
     reused = card.settings["tuned"]["Unified, random weights"]
     assert reused == card.settings["tuned"]["Unified"] and reused["search"] == "Unified, end_to_end"
     assert (tmp_path / card.settings["cards"][0]).is_file() and "verdicts" in (tmp_path / "table.txt").read_text()
+
+    kept = Unified.from_pretrained(tmp_path / "seed0" / "model", catalog=asked["data"].catalog)
+    assert {p.name for p in (tmp_path / "seed0" / "model" / "adapters").iterdir()} == {"vision", "language"}
+    about = (tmp_path / "seed0" / "model" / "README.md").read_text()
+    assert "`mmllmrec bench q1 --data" in about and "| Unified, cold, ndcg@20 |" in about and "TwoStage" not in about
+    assert np.array_equal(kept.train_data.items, questions.cold_items(asked["data"], 0).train.items)
 
     @functools.wraps(training.fit)  # tune reads its signature
     def never(*anything, **else_):

@@ -80,6 +80,8 @@ def ask(
     bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
     tuned = _searches(rows, asked.data, budget, quick, bar)
     by_name = {r.name: r for r in rows}
+    command = f"mmllmrec bench {question.name} --data {asked.data.name} --seeds {seeds} --trials {budget.trials}"
+    command += f" --minutes {budget.minutes:g}" if budget.minutes is not None else ""
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
@@ -121,6 +123,7 @@ def ask(
             places={r.name: _place(budget, asked.data, split, seed, r, by_name, tuned) for r in rows},
             quick=quick,
             done=done,
+            command=command,
         )
         bar.update(len(rows) - (bar.n - fresh))  # a seed that was only read
         return card

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
+from mmllmrec.features.hub import bases, write_card
 from mmllmrec.runcard import RunCard, content_hash
 from mmllmrec.seed import seed_everything
 
@@ -127,14 +128,15 @@ def run_seed(
     mask: str = "train+valid",
     quick: int | None = None,
     done: Callable[[str], Any] | None = None,
+    command: str = "",
 ) -> RunCard:
     """Fit and test every entry on one split under one seed; the report's card, and the report beside it.
 
-    ``first`` (the last entry without it) is the report's first system, whose controls are asked for; ``beside`` are
-    further scorers. ``more`` gets the runs by name and the report, and gives further metrics for the card, ``"system |
-    row | metric": [value, ...]``; ``about`` is what they depend on. ``places`` are folders of
-    fits, by name, that lie elsewhere than in ``folder``. ``quick`` bounds the epochs (smoke tests); ``done``
-    is called with the name of each entry when it is fitted.
+    ``first`` (the last entry without it) is the report's first system, whose controls are asked for, and whose model is
+    kept in ``folder/model``; ``beside`` are further scorers. ``more`` gets the runs by name and the report, and gives
+    further metrics for the card, ``"system | row | metric": [value, ...]``; ``about`` is what they depend on.
+    ``places`` are folders of fits, by name, that lie elsewhere than in ``folder``. ``quick`` bounds the epochs (smoke
+    tests); ``done`` is called with the name of each entry when it is fitted; ``command`` is what the card says to run.
     """
     from mmllmrec.evaluation.report import evaluate
     from mmllmrec.training.fit import fit
@@ -164,12 +166,21 @@ def run_seed(
     controls = next(e.controls for e in entries if e.name == leader.name)
     against = [*named.values(), *beside]
     report = evaluate(leader, split, against=against, on="test", mask=mask, controls=controls, seed=seed)
-    report.card.settings |= {"bench": key, "fit": asked}
+    report.card.settings |= {"bench": key, "fit": asked, "command": command}
     if more is not None:
         report.card.metrics |= {k: list(v) for k, v in more(runs, report).items()}
         report.card.test_opened = split.test_opened
+    if first is not None:
+        keep_model(runs[first], report.card, folder / "model")
     report.save(folder / "report")
     return report.card
+
+
+def keep_model(run: Any, card: RunCard, folder: Path) -> None:
+    """Save a run's model, its adapters in PEFT's format inside, with a model card of its rows in a report's card."""
+    own = {k: v for k, v in card.metrics.items() if k.startswith(f"{card.name} | ")}
+    run.model.save_pretrained(folder)
+    write_card(folder, card=replace(card, metrics=own, model=run.card.model), base=bases(run.model))
 
 
 def frame_of(cards: Sequence[RunCard], metrics: Collection[str] = METRICS) -> pd.DataFrame:
