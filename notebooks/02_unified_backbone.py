@@ -74,13 +74,13 @@ for token, word in zip(row.tolist(), own.tolist(), strict=True):
     if token == -3:  # padding
         continue
     text, colour = marks.get(token) or (tokenizer.decode([token]).strip() or "·", "#555" if word else "#aaa")
-    width = 1.2 + 0.85 * len(text)
-    if x + width > 72:
+    width = 1.1 + 0.72 * len(text)
+    if x + width > 66:
         x, y = 0.0, y - 1.0
     box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "none"}
     right.text(x, y, text, color="white", fontsize=9, family="monospace", bbox=box)
     x += width + 0.7
-right.set_xlim(0, 74)
+right.set_xlim(0, 68)
 right.set_ylim(y - 0.7, 1)
 right.set_title("grey: prompt    dark: the item's words    colours: soft tokens and read-out", fontsize=10)
 left.axis("off")
@@ -159,7 +159,7 @@ run
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3))
 for fitted, colour in ((run, "#2a6f97"), (two_stage, "#bc6c25")):
     history = fitted.history
-    left.plot(history["epoch"], history["softmax"], color=colour, label=fitted.name)
+    left.plot(history["epoch"], history["softmax"], color=colour, marker="o", markersize=4, label=fitted.name)
     seen = history.dropna(subset="ndcg@20")
     right.plot(seen["epoch"], seen["ndcg@20"], color=colour, marker="o", markersize=4, label=fitted.name)
 right.axhline(lightgcn.best_score, color="#888", linestyle="--", label="LightGCN, best epoch")
@@ -189,7 +189,7 @@ pd.concat({row: report.compare("Unified", row=row).loc[["TwoStage", "LightGCN"]]
 # ## What training changed
 # Which known items does the model find most like a new one? **Before**: cosine of the frozen towers' whitened features.
 # **After**: cosine of the content vectors that interactions have trained. Under each neighbour stands what it has in
-# common with the new item; a person would call both rows alike, and a shopper only one of them.
+# common with the new item.
 
 
 # %%
