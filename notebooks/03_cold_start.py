@@ -214,8 +214,8 @@ by_item
 # %%
 never = unified(id_dropout=0.0)
 without = mm.fit(never, split, seed=SEED, progress=False, **{**never.fit_defaults, **SHORT})
-dropped = mm.evaluate(run, split, against=[Named("Unified, no ID dropout", without)], on="valid", floors=False)
-labels = {"Unified": "ID dropout 0.1", "Unified, no ID dropout": "none"}
+dropped = mm.evaluate(run, split, against=[Named("Unified without ID dropout", without)], on="valid", floors=False)
+labels = {"Unified": "ID dropout 0.1", "Unified without ID dropout": "none"}
 bars = pd.DataFrame({label: {r: dropped.mean(n, r) for r in dropped.rows} for n, label in labels.items()})
 figure, axis = plt.subplots(figsize=(6, 2.8))
 bars.plot.bar(ax=axis, color=["#2a6f97", "#a9bcd0"], width=0.7, rot=0)
