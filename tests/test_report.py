@@ -1,9 +1,12 @@
 """evaluate() and its Report: seal, rows, intervals, tests, files."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mmllmrec.bench.run import Named
 from mmllmrec.data import splits
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
@@ -84,6 +87,12 @@ def test_controls_are_rows_of_the_same_model_reading_something_else():
     report = evaluate(floor, split, controls=["without text", "shuffled image", "random sensor"], floors=False)
     assert report.names[:4] == ["knn", "knn, without text", "knn, shuffled image", "knn, random sensor"]
     assert report.mean("knn, without text", "cold only") < report.mean("knn", "cold only")
+    # it is a control by what was done to it, not by what it is called, and bears the name of its row
+    named = Named("Content, nearest", SimpleNamespace(model=floor, card=RunCard("fit", "knn")))
+    report = evaluate(named, split, controls=["without text"], floors=False)
+    assert report.names[:2] == ["Content, nearest", "Content, nearest, without text"]
+    shown = report._repr_html_()
+    assert shown.count("color:#888") == 2  # the control and the oracle
     assert len(evaluate(floor, split, controls=True, floors=False).names) == 1 + 4 * 4 + 1  # and the oracle
     with pytest.raises(DataError, match=r"control 'loud audio': write one of .*'without image'"):
         evaluate(floor, split, controls=["loud audio"])

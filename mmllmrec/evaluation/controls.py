@@ -33,8 +33,10 @@ class Controlled:
             self.score = scorer.score
 
 
-def controls_of(scorer: Any, catalog: Catalog, asked: bool | Sequence[str], *, seed: int = 0) -> list[Controlled]:
-    """The controls of a scorer that reads content (``with_catalog``), none retrained.
+def controls_of(
+    scorer: Any, catalog: Catalog, asked: bool | Sequence[str], *, seed: int = 0, name: str = ""
+) -> list[Controlled]:
+    """The controls of a scorer that reads content (``with_catalog``), none retrained, called after it or ``name``.
 
     ``asked`` is True for every kind on every modality the scorer reads, or names some: ``"without image"``,
     ``"shuffled text"``, ``"random audio"``, ``"noised sensor"``. Raises ``DataError`` for a scorer that reads no
@@ -43,16 +45,18 @@ def controls_of(scorer: Any, catalog: Catalog, asked: bool | Sequence[str], *, s
     if not asked:
         return []
     if not hasattr(scorer, "with_catalog"):
-        raise DataError(f"controls: {name_of(scorer)} reads no content (it has no with_catalog); leave controls out")
+        raise DataError(
+            f"controls: {name or name_of(scorer)} reads no content (it has no with_catalog); leave controls out"
+        )
     reads = [m for m in getattr(scorer, "modalities", catalog.modalities) if m in catalog.modalities]
     names = [f"{kind} {m}" for m in reads for kind in KINDS] if asked is True else list(asked)
     made = []
-    for name in names:
-        kind, _, modality = name.partition(" ")
+    for control in names:
+        kind, _, modality = control.partition(" ")
         if kind not in KINDS or modality not in reads:
             raise DataError(
-                f"control {name!r}: write one of {sorted(KINDS)} and a modality of {reads}, as 'without image'"
+                f"control {control!r}: write one of {sorted(KINDS)} and a modality of {reads}, as 'without image'"
             )
         other = scorer.with_catalog(KINDS[kind](catalog, modality, seed))
-        made.append(Controlled(other, f"{name_of(scorer)}, {name}"))
+        made.append(Controlled(other, f"{name}, {control}"))
     return made

@@ -61,7 +61,8 @@ def evaluate(
     began = time.perf_counter()
     seen = seen_matrix(split, on=on, mask=mask)
     target = split.open_test() if on == "test" else split.valid
-    systems = [system, *controls_of(scorer_of(system), split.catalog, controls, seed=seed), *against]
+    controlled = controls_of(scorer_of(system), split.catalog, controls, seed=seed, name=name_of(system))
+    systems = [system, *controlled, *against]
     content = ContentKNN(split.train, catalog=split.catalog) if split.catalog.modalities else None
     if floors:
         systems += [Random(split.train, seed=seed), Popularity(split.train)]
@@ -103,7 +104,7 @@ def evaluate(
         test_opened=split.test_opened,
     )
     about = {n: _about(s) for n, s in zip(names, systems, strict=True)}
-    report = Report(names, values, users, about, card, shown)
+    report = Report(names, values, users, about, card, shown, controls=[c.name for c in controlled])
     if folder is not None:
         report.save(folder)
     return report
@@ -135,7 +136,10 @@ class Report:
         about: dict[str, dict[str, Any]],
         card: RunCard,
         shown: dict[str, dict[str, float]],
+        *,
+        controls: Sequence[str] = (),
     ):
+        self.controls = tuple(controls)
         self.names, self.values, self.users, self.about, self.card = names, values, users, about, card
         self.shown = shown  # coverage and Gini of all lists together: they have no value a user
         self.path: Path | None = None
@@ -267,7 +271,7 @@ class Report:
     def _repr_html_(self) -> str:
         """The table with the best of each row in bold, systems that cannot be had (the oracle) and controls in grey."""
         table = self.table()
-        rivals = [n for n in self.names if n != "Oracle" and ", " not in n]
+        rivals = [n for n in self.names if n != "Oracle" and n not in self.controls]
         bold = {row: max(rivals, key=lambda n, row=row: self.mean(n, row)) for row in self.rows}  # type: ignore[misc]
         if HARMONIC in table:
             bold[HARMONIC] = max(rivals, key=lambda n: self.mean(n, HARMONIC))

@@ -127,7 +127,10 @@ def load_transformer(source: str, *, what: str, **options: Any) -> Any:
     for other ends, and most files come without.
     """
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one of its own for every load, where a load takes no time
     try:
         model, report = AutoModel.from_pretrained(
             source,
@@ -139,6 +142,9 @@ def load_transformer(source: str, *, what: str, **options: Any) -> Any:
         )
     except Exception as error:
         raise DataError(f"{what} {source!r} cannot be loaded: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     lost = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if lost:
         raise DataError(f"{what} {source!r}: its file lacks {lost[:3]}, {len(lost)} in all; they would be random")
