@@ -12,20 +12,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def seed_everything(seed: int) -> int:
-    """Seed Python, NumPy and PyTorch (all devices). Call it before anything is built: weights are drawn at building.
-
-    Returns the seed, so that a notebook can write ``SEED = mm.seed_everything(0)``.
-
-    >>> seed_everything(7)
-    7
-    """
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices). Call it before anything is built: weights are drawn at building."""
     import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return seed
 
 
 def stream(seed: int, *names: object) -> np.random.SeedSequence:

@@ -37,13 +37,11 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging
 
 import mmllmrec as mm
 from mmllmrec.shipped import shipped
 
 warnings.filterwarnings("ignore")
-logging.disable_progress_bar()
 mm.seed_everything(SEED)
 
 # %%

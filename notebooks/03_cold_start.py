@@ -35,7 +35,6 @@ import datasets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from transformers.utils import logging
 
 import mmllmrec as mm
 from mmllmrec.bench.run import SOFTMAX, Named
@@ -45,7 +44,6 @@ from mmllmrec.evaluation.curves import k_shot
 from mmllmrec.evaluation.floors import ContentKNN
 
 warnings.filterwarnings("ignore")
-logging.disable_progress_bar()
 mm.seed_everything(SEED)
 
 # %% [markdown]

@@ -34,7 +34,6 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Audio
-from transformers.utils import logging
 
 import mmllmrec as mm
 from mmllmrec.bench.run import Named
@@ -45,7 +44,6 @@ from mmllmrec.features.audio import LogMel
 from mmllmrec.features.sensor import Channel, SensorEncoder
 
 warnings.filterwarnings("ignore")
-logging.disable_progress_bar()
 mm.seed_everything(SEED)
 
 # %% [markdown]

@@ -33,7 +33,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from transformers.utils import logging
 
 import mmllmrec as mm
 from mmllmrec.bench.measures import RECOVERED
@@ -43,7 +42,6 @@ from mmllmrec.evaluation.protocols import rankings, seen_matrix
 from mmllmrec.features.table import FeatureTable
 
 warnings.filterwarnings("ignore")
-logging.disable_progress_bar()
 mm.seed_everything(SEED)
 
 # %% [markdown]
@@ -129,7 +127,7 @@ shares.plot.bar(ax=axis, color=colours, width=0.8, rot=0)
 axis.axhline(1, color="#333", linestyle="--", linewidth=1)
 axis.set_ylabel("recovery on cold items,\nshare of the factor-fed twin's")
 axis.spines[["top", "right"]].set_visible(False)
-axis.legend(frameon=False)
+axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
 figure.tight_layout()
 shares.round(2)
 

@@ -160,6 +160,8 @@ def test_recovery_finds_what_a_scorer_knows(small):
     assert (
         only.loc["interaction", "recovery"] == pytest.approx(1.0) and (only["recovery"].drop("interaction") < 0.1).all()
     )
+    against = recovery(Table(-small.terms["interaction"](everyone)), small)
+    assert against.loc["interaction", "recovery"] == 0.0
 
 
 def test_scale_and_bad_arguments():

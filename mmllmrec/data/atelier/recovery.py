@@ -16,9 +16,10 @@ FACTORS = ("hue", "pattern", "material", "occasion", "kind", "interaction", "chi
 def recovery(scorer: Any, data: Atelier, *, items: np.ndarray | None = None, relative_to: Any = None) -> pd.DataFrame:
     """Squared correlation, over users and levels, of the mean score of a factor's level with its true partial utility.
 
-    Averaging over the items of a level averages the other factors out; for the interaction the four cells of its two
-    attributes are taken, less their main effects. ``items`` (I,) bool limits to, say, cold items. ``relative_to`` is
-    the factor-fed twin, another scorer: a second column gives the share of its recovery that was reached.
+    A negative correlation counts as 0. Averaging over the items of a level averages the other factors out; for the
+    interaction the four cells of its two attributes are taken, less their main effects. ``items`` (I,) bool limits to,
+    say, cold items. ``relative_to`` is the factor-fed twin, another scorer: a second column gives the share of its
+    recovery that was reached.
     """
     found = {
         name: _squared(scorer, data, items)
@@ -53,7 +54,8 @@ def _squared(scorer: Any, data: Atelier, items: np.ndarray | None) -> dict[str, 
             ours, true = _means(scores, levels, tastes.shape[1]), tastes
         ours, true = (x - x.mean(1, keepdims=True) if x.shape[1] > 1 else x for x in (ours, true))
         varies = ours.std() > 0 and true.std() > 0
-        result[name] = float(np.corrcoef(ours.ravel(), true.ravel())[0, 1]) ** 2 if varies else 0.0
+        found = float(np.corrcoef(ours.ravel(), true.ravel())[0, 1]) if varies else 0.0
+        result[name] = max(found, 0.0) ** 2  # scores that go against a taste have not found it
     return result
 
 
