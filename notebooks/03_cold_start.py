@@ -237,8 +237,8 @@ print(card.read_text(encoding="utf-8") if card.is_file() else "not measured yet"
 # go by, and the first few say a good deal. Both come out of one fitted model, for the price of a forward pass.
 #
 # Two limits are in the figures. From two or three events on, the graph model places a new *item* better: the unified
-# model moves content towards its takers too slowly. And without ID dropout `cold only` and `warm` are as good or better:
-# what dropout buys here is the right height of new items among old ones, not better content.
+# model moves content towards its takers too slowly. And without ID dropout `cold only` and `warm` are as good or
+# better: what dropout buys here is the right height of new items among old ones, not better content.
 
 # %%
 if not SMOKE:
