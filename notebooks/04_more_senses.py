@@ -177,7 +177,7 @@ found.T.round(3)
 
 # %%
 kept = {
-    "the model": [report.mean(f"{four.run.name}, without {m}") / report.mean(four.name) for m in catalog.modalities],
+    "the model": [report.mean(f"{four.name}, without {m}") / report.mean(four.name) for m in catalog.modalities],
     "the oracle": [report.mean(o.name) / report.mean("Oracle") for o in ceilings],
 }
 loss = 1 - pd.DataFrame(kept, index=list(catalog.modalities))
