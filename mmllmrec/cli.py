@@ -546,89 +546,46 @@ EndToEnd = Annotated[
 ]
 
 
-def _ask(question: str, **asked: Any) -> None:
-    from mmllmrec import bench
-
-    asked["end_to_end"] = asked["end_to_end"] or None
-    print(getattr(bench, question)(**asked))
-
-
-@bench_app.command("q1")
-def bench_q1(
-    data: Asked = "atelier",
-    path: At = None,
-    seeds: Seeds = 3,
-    trials: Trials = 6,
-    minutes: Minutes = 10.0,
-    folder: Folder = Path("runs/q1"),
-    tuned: Searches = Path("runs/tuned"),
-    end_to_end: EndToEnd = False,
-) -> None:
-    """Q1, one unified model: does training extraction and encoding together beat extracting first, encoding later?
-
-    ID-only, content and two-stage rows, each tuned with the same budget; controls trained from scratch and at test; the
-    factor-fed twin on planted data; verdicts with intervals.
-
-    Example: [bold]mmllmrec bench q1 --data atelier --seeds 3[/bold]
-    """
-    _ask("q1", **locals())
+QUESTIONS = {
+    "q1": "Q1, one unified model: does training extraction and encoding together beat extracting first, encoding later?"
+    "\n\nID-only, content and two-stage rows, each tuned with the same budget; controls trained from scratch and at "
+    "test; the factor-fed twin on planted data; verdicts with intervals."
+    "\n\nExample: [bold]mmllmrec bench q1 --data atelier --seeds 3[/bold]",
+    "q2": "Q2, cold start: new items and new users, from content alone or from a handful of events."
+    "\n\nThe cold-start systems beside the unified model on one split that holds out items and users; curves by the "
+    "number of events known."
+    "\n\nExample: [bold]mmllmrec bench q2 --data movielens-small --path ~/data/movielens-small-posters[/bold]",
+    "q3": "Q3, more senses: what sound and sensors add to pictures and words, and what missing content costs."
+    "\n\nExample: [bold]mmllmrec bench q3 --data lastfm-2k --path ~/data/lastfm-2k-audio[/bold]",
+    "q4": "Q4, fusion: early, late and both; which of the planted tastes each finds, and knock-outs at test."
+    "\n\nExample: [bold]mmllmrec bench q4 --data atelier-b[/bold]",
+}
 
 
-@bench_app.command("q2")
-def bench_q2(
-    data: Asked = "atelier",
-    path: At = None,
-    seeds: Seeds = 3,
-    trials: Trials = 6,
-    minutes: Minutes = 10.0,
-    folder: Folder = Path("runs/q2"),
-    tuned: Searches = Path("runs/tuned"),
-    end_to_end: EndToEnd = False,
-) -> None:
-    """Q2, cold start: new items and new users, from content alone or from a handful of events.
+def _question(name: str, about: str) -> None:
+    """A command of one of the questions: they take the same."""
 
-    The cold-start systems beside the unified model on one split that holds out items and users; curves by the number of
-    events known.
+    @bench_app.command(name, help=about)
+    def command(
+        data: Asked = "atelier",
+        path: At = None,
+        seeds: Seeds = 3,
+        trials: Trials = 6,
+        minutes: Minutes = 10.0,
+        folder: Folder = Path(f"runs/{name}"),
+        tuned: Searches = Path("runs/tuned"),
+        end_to_end: EndToEnd = False,
+    ) -> None:
+        from mmllmrec import bench
 
-    Example: [bold]mmllmrec bench q2 --data movielens-small --path ~/data/movielens-small-posters[/bold]
-    """
-    _ask("q2", **locals())
-
-
-@bench_app.command("q3")
-def bench_q3(
-    data: Asked = "atelier",
-    path: At = None,
-    seeds: Seeds = 3,
-    trials: Trials = 6,
-    minutes: Minutes = 10.0,
-    folder: Folder = Path("runs/q3"),
-    tuned: Searches = Path("runs/tuned"),
-    end_to_end: EndToEnd = False,
-) -> None:
-    """Q3, more senses: what sound and sensors add to pictures and words, and what missing content costs.
-
-    Example: [bold]mmllmrec bench q3 --data lastfm-2k --path ~/data/lastfm-2k-audio[/bold]
-    """
-    _ask("q3", **locals())
+        asked: dict[str, Any] = {"data": data, "path": path, "seeds": seeds, "trials": trials, "minutes": minutes}
+        # left out, real data is trained with the cached trainer alone
+        asked |= {"folder": folder, "tuned": tuned, "end_to_end": end_to_end or None}
+        print(getattr(bench, name)(**asked))
 
 
-@bench_app.command("q4")
-def bench_q4(
-    data: Asked = "atelier",
-    path: At = None,
-    seeds: Seeds = 3,
-    trials: Trials = 6,
-    minutes: Minutes = 10.0,
-    folder: Folder = Path("runs/q4"),
-    tuned: Searches = Path("runs/tuned"),
-    end_to_end: EndToEnd = False,
-) -> None:
-    """Q4, fusion: early, late and both; which of the planted tastes each finds, and knock-outs at test.
-
-    Example: [bold]mmllmrec bench q4 --data atelier-b[/bold]
-    """
-    _ask("q4", **locals())
+for _name, _about in QUESTIONS.items():
+    _question(_name, _about)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
-from mmllmrec.encoders.backbone import JOINT, PAD, READ, word_means
+from mmllmrec.encoders.backbone import JOINT, PAD, READ, word_means, worded
 from mmllmrec.encoders.heads import EARLY, SHRINK, Heads, Whiten
 from mmllmrec.models import TwoStage, Unified
 from mmllmrec.models.unified import PRESETS
@@ -97,14 +97,18 @@ def test_only_an_early_path_says_an_exclusive_or(paths, finds):
 
 def test_a_bag_of_words_does_not_end_with_the_row(model):
     fields = [{"title": "red lamp", "text": "a lamp . " * 40}, {"title": "", "text": ""}, {"title": "vase", "text": ""}]
-    got = word_means(model._language, model.prompt, fields)
+
+    def means(fields):
+        return word_means(model._language, worded(model._language, model.prompt, fields))
+
+    got = means(fields)
     table = model.backbone.language.get_input_embeddings().weight.detach()
     for row, item in zip(got, fields, strict=True):
         _, _, after = model.prompt.render(**item).partition("<image>")
         ids = model._language.tokenizer(after, add_special_tokens=False)["input_ids"] if any(item.values()) else []
         want = table[ids].mean(0) if ids else torch.zeros(table.shape[1])
         torch.testing.assert_close(row, want, atol=1e-5, rtol=0)
-    assert not torch.allclose(got[0], word_means(model._language, model.prompt, [{**fields[0], "text": "a"}])[0])
+    assert not torch.allclose(got[0], means([{**fields[0], "text": "a"}])[0])
 
 
 def test_joint_states_are_the_read_out_and_the_mean_of_the_items_own_tokens(model):

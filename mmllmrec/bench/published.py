@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mmllmrec.bench.rows import setup
 from mmllmrec.bench.run import Entry, Summary, entry, over_seeds
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset, load_dataset
@@ -50,11 +51,11 @@ def movielens(
 
     ``kinds`` limits the splits. MiniLM is large for two cores: the cached trainer, eight epochs, blocks of 256 items.
     """
-    # a garbled row is left out here and counted in the dataset's ``about``: a bench must run on the files as they are
-    data = load_dataset("movielens-small", path, bad_rows="drop")
-    entries = [entry(s, preset="minilm", trainer="cached") for s in systems]
+    asked = setup("movielens-small", path)
+    data = asked.data
+    entries = [entry(s, preset=asked.preset, trainer=asked.trainer) for s in systems]
     if entries[-1].name == "Unified":
-        settings = entries[-1].settings | {"epochs": 8, "item_batch": 256}
+        settings = entries[-1].settings | asked.unified
         entries[-1] = replace(entries[-1], settings=settings, controls=("shuffled image", "shuffled text"))
 
     def one(kind: str) -> Summary:

@@ -9,7 +9,7 @@ on, and one that was answered is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,39 @@ def cold_items(data: RecDataset, seed: int) -> Split:
     return splits.cold_items(data, seed=seed)
 
 
-def q1(
-    *,
-    data: str | RecDataset = "atelier",
-    path: Folder | None = None,
-    seeds: int = 3,
-    trials: int = 6,
-    minutes: float | None = 10.0,
-    folder: Folder = "runs/q1",
-    tuned: Folder = TUNED,
-    end_to_end: bool | None = None,
-    quick: int | None = None,
-) -> Answer:
+def _asked(make: Callable[[Setup], Question]) -> Callable[..., Answer]:
+    """A question of a setup, as the function a user calls: it loads the data, searches, fits, and answers."""
+    name = make.__name__
+
+    def answer(
+        *,
+        data: str | RecDataset = "atelier",
+        path: Folder | None = None,
+        seeds: int = 3,
+        trials: int = 6,
+        minutes: float | None = 10.0,
+        folder: Folder = f"runs/{name}",
+        tuned: Folder = TUNED,
+        end_to_end: bool | None = None,
+        quick: int | None = None,
+    ) -> Answer:
+        asked = setup(data, path, end_to_end=end_to_end)
+        budget = Budget(trials, minutes, Path(tuned))
+        return ask(make(asked), asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
+
+    answer.__name__ = answer.__qualname__ = name
+    answer.__doc__ = make.__doc__
+    return answer
+
+
+@_asked
+def q1(asked: Setup) -> Question:
     """Does one model, trained from pixels and words to rankings, beat extracting first and encoding later?
 
     Rows: ID-only and content baselines under the same loss, the two-stage twin and the unified model; a baseline on the
     tuned features; controls trained from scratch (random and shuffled features, random towers) and at test (shuffled
     modalities); on a planted world the factor-fed twin.
     """
-    asked = setup(data, path, end_to_end=end_to_end)
     rows = [
         vector_row("BPR", loss="softmax"),
         vector_row("LightGCN", loss="softmax"),
@@ -102,7 +116,7 @@ def q1(
     if _planted(asked):
         rows += [twin_row(), twin_row(present=True)]
         claims += [Claim("Unified", twin, row, share=True) for twin in (TWIN, TWIN_PRESENT) for row in ("warm", "cold")]
-    question = Question(
+    return Question(
         "q1",
         "Q1, one unified model:",
         rows,
@@ -112,7 +126,6 @@ def q1(
         controls=tuple(f"shuffled {m}" for m in asked.data.catalog.modalities),
         notes=_cached_note if asked.both else lambda answer: [],
     )
-    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
 
 
 def _cached_note(answer: Answer) -> list[str]:
@@ -126,24 +139,13 @@ def _cached_note(answer: Answer) -> list[str]:
     ]
 
 
-def q2(
-    *,
-    data: str | RecDataset = "atelier",
-    path: Folder | None = None,
-    seeds: int = 3,
-    trials: int = 6,
-    minutes: float | None = 10.0,
-    folder: Folder = "runs/q2",
-    tuned: Folder = TUNED,
-    end_to_end: bool | None = None,
-    quick: int | None = None,
-) -> Answer:
+@_asked
+def q2(asked: Setup) -> Question:
     """New items and new users, from content alone or from a handful of events.
 
     ``splits.cold_both``: one model serves the rows of cold items and the curves of cold users and of cold items, k of
     whose events are known at scoring time. DropoutNet and ALDI stand on the row LightGCN (softmax).
     """
-    asked = setup(data, path, end_to_end=end_to_end)
     first = "LightGCN (softmax)"
     rows = [
         vector_row("LightGCN", loss="softmax"),
@@ -166,7 +168,7 @@ def q2(
             found |= points(k_shot(systems, split, of=of, ks=ks, on="test", seed=seed), names)
         return found
 
-    question = Question(
+    return Question(
         "q2",
         "Q2, cold start:",
         rows,
@@ -186,28 +188,16 @@ def q2(
         ],
         more=more,
     )
-    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
 
 
-def q3(
-    *,
-    data: str | RecDataset = "atelier",
-    path: Folder | None = None,
-    seeds: int = 3,
-    trials: int = 6,
-    minutes: float | None = 10.0,
-    folder: Folder = "runs/q3",
-    tuned: Folder = TUNED,
-    end_to_end: bool | None = None,
-    quick: int | None = None,
-) -> Answer:
+@_asked
+def q3(asked: Setup) -> Question:
     """Do further senses help, through the same door as pictures and words, and what does it cost to miss one?
 
     Unified and TwoStage read pictures and words, each further sense beside them, and all; on a planted world the oracle
     without what a row cannot perceive is its ceiling. Curves at test: items that lose a modality, and, for the unified
     rows that smell, channels of the sensor that are missing.
     """
-    asked = setup(data, path, end_to_end=end_to_end)
     reads = asked.data.catalog.modalities
     base = tuple(m for m in ("image", "text") if m in reads)
     if len(base) == len(reads):
@@ -255,7 +245,7 @@ def q3(
     claims = [Claim("Unified", less, row) for row in ("all", "warm", "cold", "cold only")]
     claims += [Claim(f"Unified, {' + '.join(some)}", less, "cold") for some in sets[1:]]
     claims += [Claim("Unified", "TwoStage", row) for row in ("all", "cold")]
-    question = Question(
+    return Question(
         "q3",
         "Q3, more senses:",
         rows,
@@ -265,28 +255,16 @@ def q3(
         beside=ceilings,
         more=more,
     )
-    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
 
 
-def q4(
-    *,
-    data: str | RecDataset = "atelier",
-    path: Folder | None = None,
-    seeds: int = 3,
-    trials: int = 6,
-    minutes: float | None = 10.0,
-    folder: Folder = "runs/q4",
-    tuned: Folder = TUNED,
-    end_to_end: bool | None = None,
-    quick: int | None = None,
-) -> Answer:
+@_asked
+def q4(asked: Setup) -> Question:
     """Can fusion keep what each modality says and find what only their combination says, at once?
 
     The unified model with the early path alone, late ones alone (mean, gate), and both (attentive, gate, and its own,
     concatenation). On a planted world recovery says which of the true tastes each found on cold items, relative to the
     factor-fed twin. Knock-outs at test: each modality gone, noised, shuffled.
     """
-    asked = setup(data, path, end_to_end=end_to_end)
     late = asked.data.catalog.modalities
     rows = [
         unified_row(asked, "Unified, early only", paths=("early",)),
@@ -311,7 +289,7 @@ def q4(
         found = recovered(split, runs) if planted else {}
         return found | knocked_out(split, {name: runs[name] for name in variants}, knocked, seed=seed)
 
-    question = Question(
+    return Question(
         "q4",
         "Q4, fusion:",
         rows,
@@ -320,7 +298,6 @@ def q4(
         claims=[Claim("Unified", other, row) for row in ("all", "cold") for other in variants if other != "Unified"],
         more=more,
     )
-    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
 
 
 def _planted(asked: Setup) -> bool:

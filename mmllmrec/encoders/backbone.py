@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,24 @@ class Items:
         )
 
 
+Worded = Sequence[tuple[str, list[int]]]  # of each item, see ``worded``
+
+
+def worded(language: Language, prompt: Prompt, fields: list[dict[str, str]]) -> Worded:
+    """What a prompt says of each item before the picture's place, and the tokens after it, none where all is empty."""
+    empty = prompt.render(**dict.fromkeys(prompt.inputs, "")).partition(IMAGE)[2].strip()
+    rows = []
+    for item in fields:
+        before, _, after = prompt.render(**item).partition(IMAGE)
+        # no model reads the row as it is: a text longer than the model's context is no mistake here
+        known = language.tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
+        rows.append((before, known if after.strip() != empty else []))
+    return rows
+
+
 def tokenise(
     language: Language,
-    prompt: Prompt,
-    fields: list[dict[str, str]],
+    items: Worded,
     senses: Mapping[str, Tensor],
     *,
     soft: int | Mapping[str, int],
@@ -95,7 +109,7 @@ def tokenise(
     rows, own = [], []
     counts = {m: soft if isinstance(soft, int) else soft[m] for m in senses}
     here = {m: p.tolist() for m, p in senses.items()}
-    for i, (before, tail) in enumerate(_worded(tok, prompt, fields)):
+    for i, (before, tail) in enumerate(items):
         head = tok(before, add_special_tokens=False)["input_ids"]
         middle = [place(n) for n, m in enumerate(senses) if here[m][i] for _ in range(counts[m])]
         start, end = ([], [READ]) if language.causal else ([tok.cls_token_id], [tok.sep_token_id])
@@ -111,24 +125,14 @@ def tokenise(
     return tokens, words
 
 
-def _worded(tokenizer: Any, prompt: Prompt, fields: list[dict[str, str]]) -> Iterator[tuple[str, list[int]]]:
-    """What a prompt says of each item before the picture's place, and the tokens after it, none where all is empty."""
-    empty = prompt.render(**dict.fromkeys(prompt.inputs, "")).partition(IMAGE)[2].strip()
-    for item in fields:
-        before, _, after = prompt.render(**item).partition(IMAGE)
-        # no model reads the row as it is: a text longer than the model's context is no mistake here
-        rows = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if after.strip() != empty else []
-        yield before, rows
-
-
 @torch.no_grad()
-def word_means(language: Language, prompt: Prompt, fields: list[dict[str, str]]) -> Tensor:
+def word_means(language: Language, items: Worded) -> Tensor:
     """The mean of the input embeddings of each item's words, however many: -> (I, W), zero for an item without words.
 
     A bag of words costs nothing, and it does not end where the language model's row does.
     """
     table = language.model.get_input_embeddings().weight  # type: ignore[operator]
-    rows = [torch.tensor(tail, dtype=torch.long) for _, tail in _worded(language.tokenizer, prompt, fields)]
+    rows = [torch.tensor(tail, dtype=torch.long) for _, tail in items]
     lengths = torch.tensor([len(r) for r in rows])
     starts = lengths.cumsum(0) - lengths
     ids = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
@@ -242,19 +246,31 @@ class Backbone(nn.Module):
             read: Tensor = part(inputs_embeds=x, attention_mask=(tokens >= 0).long()).last_hidden_state
             return read
 
-    def assemble(self, items: Items, soft: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What enters the language model (B, L, W), attention mask (B, L) and the mean of the words' states there
-        (B, W). ``soft`` are each modality's soft tokens, of the items that have it, in order."""
-        x = self.below(items.tokens) if items.states is None else items.states
-        words = items.words[..., None]
-        context = (x * words).sum(1) / words.sum(1).clamp(min=1)
+    def entering(self, items: Items) -> Tensor:
+        """States of the rows where soft tokens come in, without them: (B, L, W)."""
+        return self.below(items.tokens) if items.states is None else items.states
+
+    def assemble(self, items: Items, soft: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What enters the language model (B, L, W), and the attention mask (B, L). ``soft`` are each modality's soft
+        tokens, of the items that have it, in order."""
+        x = self.entering(items)
         for number, modality in enumerate(("image", *self.senses)):
             tokens = soft.get(modality)
             if tokens is not None and tokens.numel():
                 # rows of ``tokens`` are those of the items that have it, in order, as are the places for them
                 x = x.masked_scatter((items.tokens == place(number))[..., None], tokens.to(x.dtype))
         x = torch.where((items.tokens == READ)[..., None], self.read, x)
-        return x, items.tokens != PAD, context
+        return x, items.tokens != PAD
+
+    def _heard(self, items: Items) -> Tensor:
+        """The mean of the words' embeddings, (B, W); above frozen layers that of their states beside it, (B, 2 W)."""
+        assert items.said is not None  # see ``word_means``
+        if not self.enter:
+            return items.said
+        # what a word is by itself is lost on the way up: both are kept
+        x, words = self.entering(items), items.words[..., None]
+        context = (x * words).sum(1) / words.sum(1).clamp(min=1)
+        return torch.cat([items.said.to(context.dtype), context], dim=1)
 
     def states(self, items: Items) -> dict[str, tuple[Tensor, Tensor]]:
         """What the towers say, before whitening and heads: {kind: (rows (n, V), present (B,) bool)}, a row an item that
@@ -275,14 +291,11 @@ class Backbone(nn.Module):
                 found[m] = pooled, here
                 if early:
                     soft[m] = self.resamplers[m](tokens)
-        x, mask, context = self.assemble(items, soft)
         text = items.present["text"]
         if ("text" in self.paths or early) and bool(text.any()):
-            assert items.said is not None  # see ``word_means``
-            # what a word is by itself is lost on the way up through frozen layers: both are kept
-            said = items.said.to(context.dtype)
-            found["text"] = (torch.cat([said, context], dim=1) if self.enter else said)[text], text
+            found["text"] = self._heard(items)[text], text
         if early:
+            x, mask = self.assemble(items, soft)
             model = layers_of(_own(self.language), self.enter) if self.enter else self.language
             h = model(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
             some = torch.stack(list(items.present.values())).any(dim=0)
@@ -314,14 +327,19 @@ class Backbone(nn.Module):
         found = self.states(items)
         states, present = {}, {}
         for kind, whiten in self.whiten.items():
-            states[kind] = self.read.new_zeros((len(items), self.heads.widths[kind]))
-            present[kind] = torch.zeros(len(items), dtype=torch.bool, device=self.read.device)
             if kind in found:
                 rows, present[kind] = found[kind]
-                rows = whiten(rows)
-                states[kind] = states[kind].to(rows.dtype).masked_scatter(present[kind][:, None], rows)
+                states[kind] = scattered(whiten(rows), present[kind])
+            else:
+                states[kind] = self.read.new_zeros((len(items), self.heads.widths[kind]))
+                present[kind] = torch.zeros(len(items), dtype=torch.bool, device=self.read.device)
         content: Content = self.heads(states, present)
         return content
+
+
+def scattered(rows: Tensor, here: Tensor) -> Tensor:
+    """Rows (n, V) of the items that have something, at their places, zeros elsewhere: here (B,) bool -> (B, V)."""
+    return rows.new_zeros(len(here), rows.shape[1]).masked_scatter(here[:, None], rows)
 
 
 def _own(tower: Any) -> Any:

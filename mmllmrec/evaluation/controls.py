@@ -10,7 +10,6 @@ from typing import Any
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError
-from mmllmrec.evaluation.ranking import name_of
 
 # what is done to one modality of the catalogue, at scoring time: (catalogue, modality, seed) -> catalogue
 KINDS: dict[str, Callable[[Catalog, str, int], Catalog]] = {
@@ -34,9 +33,9 @@ class Controlled:
 
 
 def controls_of(
-    scorer: Any, catalog: Catalog, asked: bool | Sequence[str], *, seed: int = 0, name: str = ""
+    scorer: Any, catalog: Catalog, asked: bool | Sequence[str], *, name: str, seed: int = 0
 ) -> list[Controlled]:
-    """The controls of a scorer that reads content (``with_catalog``), none retrained, called after it or ``name``.
+    """The controls of a scorer that reads content (``with_catalog``), none retrained, called after its row's ``name``.
 
     ``asked`` is True for every kind on every modality the scorer reads, or names some: ``"without image"``,
     ``"shuffled text"``, ``"random audio"``, ``"noised sensor"``. Raises ``DataError`` for a scorer that reads no
@@ -45,9 +44,7 @@ def controls_of(
     if not asked:
         return []
     if not hasattr(scorer, "with_catalog"):
-        raise DataError(
-            f"controls: {name or name_of(scorer)} reads no content (it has no with_catalog); leave controls out"
-        )
+        raise DataError(f"controls: {name} reads no content (it has no with_catalog); leave controls out")
     reads = [m for m in getattr(scorer, "modalities", catalog.modalities) if m in catalog.modalities]
     names = [f"{kind} {m}" for m in reads for kind in KINDS] if asked is True else list(asked)
     made = []

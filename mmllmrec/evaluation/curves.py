@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,32 +116,22 @@ def k_shot(
     positives = events.select(enough & (place >= most))
     seen = (seen + events.select(enough & (place < most)).csr).tocsr()
     users = np.flatnonzero(positives.user_counts > 0)
-    rows = []
-    for system in systems:
-        scorer = scorer_of(system)
-        adapts = hasattr(scorer, "with_history")
-        values = np.zeros(0)
-        for k in ks:
-            if adapts or not len(values):
-                one = scorer
-                if adapts and k:
-                    one = scorer.with_history(split.train.union(events.select(enough & (place < k))))
-                lists = top(one, users, target.n_items, seen=seen, k=int(metric.partition("@")[2] or 0), seed=seed)
-                values = find(lists, positives).per_user(metric)
-            rows.append([name_of(system), k, values.mean(), *interval(values), len(values), adapts])
-    card = RunCard(
-        kind="curve",
-        name="k-shot",
-        seed=seed,
-        data=split.data.name,
-        split=split.describe(),
+
+    def measure(scorer: Any, k: float) -> np.ndarray:
+        one = scorer.with_history(split.train.union(events.select(enough & (place < k)))) if k else scorer
+        lists = top(one, users, target.n_items, seen=seen, k=int(metric.partition("@")[2] or 0), seed=seed)
+        return find(lists, positives).per_user(metric)
+
+    return _curve(
+        "k-shot",
+        _walk(systems, ks, "with_history", measure),
+        split,
+        axis="k",
+        label=f"events known of a cold {of[:-1]}",
         settings={"of": of, "ks": list(ks), "on": on, "mask": mask if on == "test" else "train", "metric": metric},
-        metrics={f"{s} | {k} | {metric}": [m, low, high] for s, k, m, low, high, _, _ in rows},
-        seconds=round(time.perf_counter() - began, 3),
-        test_opened=split.test_opened,
+        seed=seed,
+        began=began,
     )
-    frame = pd.DataFrame(rows, columns=["system", "k", "mean", "low", "high", "users", "adapts"])
-    return Curve(frame, metric, card, label=f"events known of a cold {of[:-1]}")
 
 
 def missing_content(
@@ -171,40 +161,77 @@ def missing_content(
     began = time.perf_counter()
     seen = seen_matrix(split, on=on, mask=mask)
     target = split.open_test() if on == "test" else split.valid
-    catalogs = [
-        split.catalog.thinned(s, seed=seed)
+    catalogs = {
+        s: split.catalog.thinned(s, seed=seed)
         if of == "modalities"
         else split.catalog.without_channels("sensor", s, seed=seed)
         for s in shares
-    ]
+    }
+
+    def measure(scorer: Any, share: float) -> np.ndarray:
+        one = scorer.with_catalog(catalogs[share]) if share else scorer
+        found = rankings(one, split, target, seen=seen, k=int(metric.partition("@")[2] or 0), seed=seed)
+        if row not in found:
+            raise DataError(f"row={row!r}: {split.name} has {list(found)}")
+        return found[row].per_user(metric)
+
+    what = "items that lose a modality" if of == "modalities" else "an item's channels that are missing"
+    settings = {"of": of, "shares": list(shares), "row": row, "on": on, "mask": mask if on == "test" else "train"}
+    return _curve(
+        "missing content",
+        _walk(systems, shares, "with_catalog", measure),
+        split,
+        axis="missing",
+        label=f"share of {what}",
+        settings=settings | {"metric": metric},
+        seed=seed,
+        began=began,
+    )
+
+
+def _walk(
+    systems: Sequence[Any], places: Sequence[float], follows: str, measure: Callable[[Any, float], np.ndarray]
+) -> list[list[Any]]:
+    """A row a (system, place) of a curve's frame: ``measure`` (scorer, place) gives the users' values there. A scorer
+    without the method ``follows`` cannot follow: it is measured once, at place 0."""
     rows = []
     for system in systems:
         scorer = scorer_of(system)
-        adapts = hasattr(scorer, "with_catalog")
+        adapts = hasattr(scorer, follows)
         values = np.zeros(0)
-        for share, catalog in zip(shares, catalogs, strict=True):
+        for place in places:
             if adapts or not len(values):
-                one = scorer.with_catalog(catalog) if adapts and share else scorer
-                found = rankings(one, split, target, seen=seen, k=int(metric.partition("@")[2] or 0), seed=seed)
-                if row not in found:
-                    raise DataError(f"row={row!r}: {split.name} has {list(found)}")
-                values = found[row].per_user(metric)
-            rows.append([name_of(system), share, values.mean(), *interval(values), len(values), adapts])
+                values = measure(scorer, place if adapts else 0)
+            rows.append([name_of(system), place, values.mean(), *interval(values), len(values), adapts])
+    return rows
+
+
+def _curve(
+    name: str,
+    rows: list[list[Any]],
+    split: Split,
+    *,
+    axis: str,
+    label: str,
+    settings: dict[str, Any],
+    seed: int,
+    began: float,
+) -> Curve:
+    """A curve and its card from the rows of ``_walk``; ``began`` is a reading of the clock."""
+    metric = settings["metric"]
     card = RunCard(
         kind="curve",
-        name="missing content",
+        name=name,
         seed=seed,
         data=split.data.name,
         split=split.describe(),
-        settings={"of": of, "shares": list(shares), "row": row, "on": on, "mask": mask if on == "test" else "train"}
-        | {"metric": metric},
-        metrics={f"{s} | {share} | {metric}": [m, low, high] for s, share, m, low, high, _, _ in rows},
+        settings=settings,
+        metrics={f"{s} | {place} | {metric}": [m, low, high] for s, place, m, low, high, _, _ in rows},
         seconds=round(time.perf_counter() - began, 3),
         test_opened=split.test_opened,
     )
-    frame = pd.DataFrame(rows, columns=["system", "missing", "mean", "low", "high", "users", "adapts"])
-    what = "items that lose a modality" if of == "modalities" else "an item's channels that are missing"
-    return Curve(frame, metric, card, axis="missing", label=f"share of {what}")
+    frame = pd.DataFrame(rows, columns=["system", axis, "mean", "low", "high", "users", "adapts"])
+    return Curve(frame, metric, card, axis=axis, label=label)
 
 
 def _dealt(

@@ -150,7 +150,13 @@ def load_transformer(source: str, *, what: str, **options: Any) -> Any:
         raise DataError(f"{what} {source!r}: its file lacks {lost[:3]}, {len(lost)} in all; they would be random")
     if report["missing_keys"]:
         model.pooler = None
-    for part in model.modules():  # frozen weights under small adapters need no dropout, which doubles a step on a CPU
+    return _settled(model)
+
+
+def _settled(model: Any) -> Any:
+    """In evaluation mode, without dropout: frozen weights under small adapters need none, and it doubles a step on a
+    CPU."""
+    for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     return model.eval()
@@ -218,10 +224,7 @@ def randomised_language(language: Language) -> Language:
     model = type(language.model)(language.model.config)  # type: ignore[arg-type]
     if getattr(language.model, "pooler", None) is None and hasattr(model, "pooler"):
         model.pooler = None  # type: ignore[assignment]
-    for part in model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    model = model.eval()
+    model = _settled(model)
     return replace(language, model=model, hash=weights_hash(model))
 
 

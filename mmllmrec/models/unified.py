@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, tokenise, word_means
+from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, scattered, tokenise, word_means, worded
 from mmllmrec.encoders.heads import EARLY, KEEP, SHRINK, Content
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
@@ -221,9 +221,8 @@ class Unified(Hybrid):
         fields = catalog.words() if "text" in self.modalities else [{"title": "", "text": ""}] * len(catalog)
         senses = {m: present[m] for m in ("image", *self.backbone.senses)}
         soft = {"image": self.preset.soft} | dict.fromkeys(self.backbone.senses, 1)
-        tokens, words = tokenise(
-            self._language, self.prompt, fields, senses, soft=soft, length=self.preset.tokens + len(soft) - 1
-        )
+        known = worded(self._language, self.prompt, fields)
+        tokens, words = tokenise(self._language, known, senses, soft=soft, length=self.preset.tokens + len(soft) - 1)
         size = self._vision.size
         has_pixels = "image" in self.modalities
         pixels = catalog.pixels(size) if has_pixels else np.zeros((len(catalog), 3, 1, 1), np.uint8)
@@ -231,7 +230,7 @@ class Unified(Hybrid):
         raw |= {m: torch.from_numpy(catalog.signal(m)) for m in self.backbone.senses}
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
         before: Items | None = getattr(self, "items", None)
-        self.items = Items(tokens, words, raw, present, word_means(self._language, self.prompt, fields))
+        self.items = Items(tokens, words, raw, present, word_means(self._language, known))
         self.items.states, self.items.seen = self._frozen(self.items, before)
         looks: dict[Any, int] = {}
         shown = [pixels.reshape(len(pixels), -1), *(raw[m].numpy() for m in self.backbone.senses)]
@@ -359,11 +358,9 @@ class Unified(Hybrid):
                 continue
             rows, here = [], []
             for block, states in zip(blocks, found, strict=True):
-                at = states[path][1].cpu() if path in states else torch.zeros(len(block), dtype=torch.bool)
-                full = torch.zeros(len(block), sum(widths[path]))
-                if path in states:
-                    full[at] = states[path][0].float().cpu()
-                rows.append(full)
+                nothing = torch.zeros(0, sum(widths[path])), torch.zeros(len(block), dtype=torch.bool)
+                own, at = (x.cpu() for x in states.get(path, nothing))
+                rows.append(scattered(own.float(), at))
                 here.append(at)
             split = torch.cat(rows).split(widths[path], dim=1)
             for name, table in zip(parts, split, strict=False):

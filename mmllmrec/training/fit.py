@@ -254,7 +254,7 @@ def fit(
             held = len(range(rank, len(batch), world))
             share = replace(batch.share(rank, world), chunk=chunk).to(accelerator.device)
             # data-parallel hooks count on the gradients they were built for; one process can do without the backward
-            with still(waiting if world == 1 and not sharded else ()):
+            with without_gradients(waiting if world == 1 and not sharded else ()):
                 with accelerator.autocast():  # FSDP narrows weights to bf16, and not what meets them
                     terms = loss_of(share)
                 loss = torch.stack(list(terms.values())).sum()
@@ -327,7 +327,7 @@ def factor(step: int, total: int, schedule: str, warmup: float) -> float:
 
 
 @contextmanager
-def still(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Parameters without gradients inside, with them after: a checkpoint is to know them as trainable."""
     chosen = list(parameters)
     for p in chosen:

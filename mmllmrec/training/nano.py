@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from mmllmrec import losses
 from mmllmrec.data.atelier import atelier
-from mmllmrec.encoders.backbone import PAD, READ, SOFT, Backbone, Items, tokenise
+from mmllmrec.encoders.backbone import PAD, READ, SOFT, Backbone, Items, tokenise, worded
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.towers import Language, load_language, load_vision, normalise, save_clip
 from mmllmrec.runcard import RunCard, write_atomically
@@ -212,7 +212,9 @@ def next_token(
     prompt = load_prompt("item")
     kinds = []
     for words, image in ((fields, ~everyone), (seen, everyone)):
-        tokens, own = tokenise(language, prompt, words, {"image": image}, soft=recipe.soft, length=recipe.tokens)
+        tokens, own = tokenise(
+            language, worded(language, prompt, words), {"image": image}, soft=recipe.soft, length=recipe.tokens
+        )
         kinds.append(Items(tokens, own, {"image": pixels}, {"image": image, "text": everyone}))
     aside = np.arange(len(fields)) % 16 == 15
     train = np.flatnonzero(~aside)
@@ -226,7 +228,7 @@ def next_token(
             with torch.no_grad():
                 _, patches = backbone.look(items.raw["image"])
             soft["image"] = backbone.resampler(patches)
-        x, mask, _ = backbone.assemble(items, soft)
+        x, mask = backbone.assemble(items, soft)
         logits = model.lm_head(model.model(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state)
         target = items.tokens.masked_fill((items.tokens == READ) | (items.tokens == SOFT), PAD)[:, 1:]
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), ignore_index=PAD)

@@ -118,24 +118,27 @@ class Atelier(RecDataset):
 
     def factor_features(self, *, cross: bool = True) -> np.ndarray:
         """True factors as features, (I, F) float32: one-hot levels and, with ``cross``, the cell of the interaction."""
-        parts = [np.eye(int(v.max()) + 1, dtype=np.float32)[v] for v in self.table.values()]
-        if cross:
-            sign = (2 * self.table["backdrop"] - 1) * (2 * self.table["maker"] - 1)
-            parts.append(sign[:, None].astype(np.float32))
-        return np.concatenate(parts, axis=1)
+        levels = self._levels(self.table)
+        return np.concatenate([levels, self._cross()], axis=1) if cross else levels
 
     def perceptible(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """True factors by what shows them: {modality: (one-hot levels (I, F_m) float32, present (I,) bool)}, and
         ``cross``, the interaction's cell, of items with picture and words."""
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for modality in self.catalog.modalities:
-            levels = [self.table[f] for f in SHOWS[modality]]
-            rows = np.concatenate([np.eye(int(v.max()) + 1, dtype=np.float32)[v] for v in levels], axis=1)
-            found[modality] = rows, self.catalog.present(modality)
-        sign = (2 * self.table["backdrop"] - 1) * (2 * self.table["maker"] - 1)
-        both = self.catalog.present("image") & self.catalog.present("text")
-        found["cross"] = sign[:, None].astype(np.float32), both
+            found[modality] = self._levels(SHOWS[modality]), self.catalog.present(modality)
+        found["cross"] = self._cross(), self.catalog.present("image") & self.catalog.present("text")
         return found
+
+    def _levels(self, factors: Iterable[str]) -> np.ndarray:
+        """One-hot levels of some factors side by side, (I, F) float32."""
+        levels = [self.table[f] for f in factors]
+        return np.concatenate([np.eye(int(v.max()) + 1, dtype=np.float32)[v] for v in levels], axis=1)
+
+    def _cross(self) -> np.ndarray:
+        """The interaction's cell, 1 or -1, (I, 1) float32."""
+        sign = (2 * self.table["backdrop"] - 1) * (2 * self.table["maker"] - 1)
+        return sign[:, None].astype(np.float32)
 
     def utilities(self, users: np.ndarray, *, without: Iterable[str] | str = ()) -> np.ndarray:
         """True utilities before noise, (B,) -> (B, I) float32; a term that cannot be known ``without`` the named
