@@ -217,7 +217,7 @@ def test_a_staged_group_starts_when_its_share_is_over(split, steps):
 
 def test_without_the_backward_of_what_waits_the_steps_are_the_same(split, monkeypatch):
     loop = sys.modules[fit.__module__]
-    spared, kept = staged(split, stages={"items": 0.5}), loop.still
+    spared, kept = staged(split, stages={"items": 0.5}), loop.without_gradients
     monkeypatch.setattr(loop, "without_gradients", lambda parameters: kept(()))
     dropped = staged(split, stages={"items": 0.5})
     assert dropped.card.model["weights"] == spared.card.model["weights"]
