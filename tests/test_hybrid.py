@@ -162,6 +162,24 @@ def worlds_model(**options):
     return TwoStage(train, features=FeatureTable(tables, rng.random((11, 2)) < 0.8), dim=16, **options)
 
 
+def test_an_item_that_some_users_took_is_at_its_maximum_a_posteriori(model):
+    """The gradient of what ``_folded`` maximises, at what it gives; the other items stay where they are."""
+    new = int(torch.nonzero(~model.item_present)[0])
+    took = [0, 2, 5]
+    moved = model.with_history(model.train_data.union(events_of(model, [(u, new) for u in took])))
+    before, after = model.embed()[1], moved.embed()[1]
+    users = moved.embed()[0][:, :-1].double()
+    known = users[model.user_count > 0]
+    m, c = known.mean(0), torch.cov(known.T, correction=0)
+    q = after[new, :-1].double().requires_grad_()
+    content = before[new, :-1].double()
+    posterior = (users[took] @ q).sum() - 3 * (m @ q + q @ c @ q / 2) - 2.0 * (q - content).square().sum()
+    (slope,) = torch.autograd.grad(posterior, q)
+    assert slope.abs().max() < 1e-4 * users[took].abs().sum() and (after[new] - before[new]).abs().max() > 0.01
+    rest = np.arange(model.n_items) != new
+    assert torch.equal(after[rest], before[rest])
+
+
 def test_the_frozen_history_is_a_scaled_mean():
     model = worlds_model(history="mean", mix=1e9)
     users = model.with_history(model.train_data.union(events_of(model, [(3, 1), (3, 4)]))).embed()[0][:, :-1]

@@ -111,7 +111,7 @@ def test_q3_asks_about_every_further_sense(asked, tmp_path, monkeypatch):
     real = training.fit
     monkeypatch.setattr(training, "fit", lambda model, *a, **k: fitted.append(k["seed"]) or real(model, *a, **k))
     second = bench.q3(folder=tmp_path, **(asked | {"seeds": 2}))
-    assert set(fitted) == {1} and len(fitted) == 4  # seed 0 was read, not run
+    assert set(fitted) == {1} and len(fitted) == 5  # four rows and the reference; seed 0 was read, not run
     assert (second.frame.query("system == 'Unified' and row == 'all'")["seeds"] == 2).all()
     assert set(json.loads(second.path.read_text())["settings"]["by seed"]) == {"0", "1"}
     with pytest.raises(DataError, match="other settings or data"):

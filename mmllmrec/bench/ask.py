@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mmllmrec.bench.answer import COST, Answer, Claim, Layout, judge
-from mmllmrec.bench.rows import Row, Setup
+from mmllmrec.bench.rows import COLD_COST, REFERENCE, Row, Setup
 from mmllmrec.bench.run import METRICS, Entry, card_of, frame_of, run_seed
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.calibration import known_score
 from mmllmrec.evaluation.report import HARMONIC
-from mmllmrec.runcard import content_hash
+from mmllmrec.runcard import content_hash, write_json
 from mmllmrec.seed import seed_everything
 
 VALID = "validation ndcg@20"
@@ -71,25 +73,28 @@ def ask(
     The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
     those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
     one split is fitted once. What was done is read: trials, fits and seeds' reports. ``quick`` bounds the epochs.
+    New items get as much room as leaves known ones the validation ndcg@20 of ``REFERENCE`` on that split, or
+    1 - ``COLD_COST`` of the row's own where that is lower: one rule for all rows that rank new items (``fit``).
     Raises ``DataError`` for fewer than one seed, and for a folder that holds the results of other settings or data.
     """
     if seeds < 1:
         raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
     rows, place = question.rows, Path(folder)
-    searched = [r for r in rows if r.space]
+    searched = {r.search for r in (REFERENCE, *rows) if r.space}
     bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
     tuned = _searches(rows, asked.data, budget, quick, bar)
-    by_name = {r.name: r for r in rows}
+    by_name = {r.name: r for r in (REFERENCE, *rows)}
     command = f"mmllmrec bench {question.name} --data {asked.data.name} --seeds {seeds} --trials {budget.trials}"
     command += f" --minutes {budget.minutes:g}" if budget.minutes is not None else ""
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
+        room = _room(budget, asked.data, split, seed, by_name, tuned)
         entries = [
             Entry(
                 r.name,
                 lambda split, made, r=r: r.build(split, made, **tuned[r.search].options),  # type: ignore[misc]
-                tuned[r.search].settings,
+                tuned[r.search].settings | (room if r.name != REFERENCE.name else {}),
                 question.controls if r.name == question.first else False,
             )
             for r in rows
@@ -152,27 +157,21 @@ def ask(
 
 def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int | None, bar: Any) -> dict[str, Any]:
     """What each search of some rows found, by its name."""
-    from mmllmrec.training.fit import fit
     from mmllmrec.training.tune import tune
 
     split = splits.cold_items(data, seed=0)
     place = budget.folder / data.name
     found: dict[str, Any] = {}
     made: dict[str, Any] = {}
-    by_name = {r.name: r for r in rows}
-    shown = sys.stderr.isatty()
+    by_name = {r.name: r for r in (REFERENCE, *rows)}
+    room: dict[str, Any] = {}
 
     def fitted(name: str) -> Any:
         if name not in made:
-            row = by_name[name]
-            seed_everything(0)
-            best = found[row.search]
-            model = row.build(split, made, **best.options)
-            where = _place(budget, data, split, 0, row, by_name, found)
-            made[name] = fit(model, split, seed=0, folder=where, progress=shown, **best.settings)
+            made[name] = _fit(budget, data, split, 0, by_name[name], made, by_name, found, room)
         return made[name]
 
-    for row in rows:
+    for row in by_name.values():
         if not row.space:
             continue
         bar.set_description(f"tune {row.search}")
@@ -186,15 +185,49 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
             build,
             split,
             space=row.space | ({option: list(values)} if values else {}),
-            settings=row.settings | ({"epochs": quick} if quick else {}),
+            settings=row.settings | room | ({"epochs": quick} if quick else {}),
             start=[row.start | {option: v} for v in values] if values else row.start,
             trials=budget.trials + max(len(values) - 1, 0),
             minutes=budget.minutes,
             folder=place / row.search,
-            progress=shown,
+            progress=sys.stderr.isatty(),
         )
+        room = room or _room(budget, data, split, 0, by_name, found)
         bar.update()
     return found
+
+
+def _room(
+    budget: Budget, data: RecDataset, split: Split, seed: int, by_name: Mapping[str, Row], tuned: Mapping[str, Any]
+) -> dict[str, float]:
+    """The keywords of ``fit`` that say how much room new items get on a split; kept beside the reference's fit."""
+    path = _place(budget, data, split, seed, REFERENCE, by_name, tuned) / "room.json"
+    if not path.is_file():
+        run = _fit(budget, data, split, seed, REFERENCE, {}, by_name, tuned, {})
+        write_json(path, {"cold_cost": COLD_COST, "warm_floor": round(known_score(run.model, split), 6)})
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _fit(
+    budget: Budget,
+    data: RecDataset,
+    split: Split,
+    seed: int,
+    row: Row,
+    made: Mapping[str, Any],
+    by_name: Mapping[str, Row],
+    tuned: Mapping[str, Any],
+    room: Mapping[str, float],
+) -> Any:
+    """A row with the settings its search found, fitted on a split, at its place."""
+    from mmllmrec.training.fit import fit
+
+    seed_everything(seed)
+    best, where = tuned[row.search], _place(budget, data, split, seed, row, by_name, tuned)
+    settings = best.settings | (room if row.name != REFERENCE.name else {})
+    model = row.build(split, made, **best.options)
+    return fit(model, split, seed=seed, folder=where, progress=sys.stderr.isatty(), **settings)
 
 
 def _place(

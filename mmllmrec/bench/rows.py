@@ -25,6 +25,7 @@ from mmllmrec.seed import generator
 
 DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k")
 TWIN, TWIN_PRESENT = "Factor-fed twin", "Factor-fed twin, of present content"
+COLD_COST = 0.05  # of its ndcg@20 on known items that every system gives for new ones, at least (see ``ask``)
 LR, DECAY = (3e-4, 1e-2, "log"), (0.1, 3.0, "log")
 HYBRID = {"fit.lr": (1e-3, 1e-2, "log"), "reg_user": (5e-3, 0.1, "log"), "reg_item": (0.5, 8.0, "log")}
 # what of each system is searched, the published setting first; everything else, the width of 64 too, stays
@@ -195,6 +196,9 @@ def vector_row(kind: str, *, loss: str = "", first: str = "") -> Row:
 
     after = (first,) if first else ()
     return Row(title, build, SOFTMAX, title, space=SPACES[kind], start=STARTS.get(kind, {}), after=after)
+
+
+REFERENCE = vector_row("LightGCN", loss="softmax")  # what knows IDs alone
 
 
 def tuned_vbpr_row(unified: str = "Unified") -> Row:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.data.sampling import Batch
+from mmllmrec.evaluation.calibration import lifted
 from mmllmrec.features import hub
 from mmllmrec.runcard import RunCard, write_atomically
 
@@ -36,6 +37,7 @@ class Recommender(nn.Module):
     Models take tensors and modules: they open no files and move no devices.
     """
 
+    cold_offset: Tensor
     trainable: ClassVar[bool] = True
     supports_cold_items: ClassVar[bool] = False
     supports_cold_users: ClassVar[bool] = False
@@ -48,6 +50,8 @@ class Recommender(nn.Module):
         self.train_data = train
         self.config = config
         self.n_users, self.n_items = train.n_users, train.n_items
+        # what an item without a training event gets beside its score (``evaluation.calibration``)
+        self.register_buffer("cold_offset", torch.zeros(()))
 
     @property
     def name(self) -> str:
@@ -81,8 +85,15 @@ class Recommender(nn.Module):
         """Users (U, D) and items (I, D) whose inner product is the score: fresh, in eval mode, no gradient; the mode
         the model was in is restored. The items of a catalogue passed to ``with_catalog`` are embedded with it."""
         with self.evaluating():
-            users, items = self()
+            users, items = self._lifted(*self())
         return users.detach(), items.detach()
+
+    def _lifted(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings with ``cold_offset`` in them."""
+        if not bool(self.cold_offset):
+            return users, items
+        new = torch.from_numpy(self.train_data.item_counts == 0).to(items.device)
+        return lifted(users, items, new, self.cold_offset)
 
     def score(self, users: np.ndarray | Tensor) -> Tensor:
         """Scores of all items for some users, (B,) -> (B, I)."""

@@ -32,7 +32,8 @@ class Hybrid(Recommender):
 
     item: the ID z_i says what content does not, and b_i its popularity; both are absent where an item has no training
     event, and dropped with probability ``id_dropout`` in training, so that content learns to stand alone. An absent
-    bias is b_0, learned there, plus ``cold_offset``: how much more often a new item is taken than training can know.
+    bias is b_0, learned there, plus ``cold_offset``: how much more often a new item is taken than training can know
+    (``fit(cold_cost=)`` chooses it on validation).
     user: p_u = w_u id_u + (1 - w_u) h_u, w_u = n_u / (n_u + ``mix``) with n_u training events, 0 for a user whom
     training has not seen; h_u is what ``history`` makes of the content of u's events: ``"transformer"``
     (``encoders.HistoryEncoder``), ``"discriminant"`` (its closed form alone, three learned numbers), or ``"mean"``
@@ -113,7 +114,8 @@ class Hybrid(Recommender):
             )
         check_rate("lr_ids", lr_ids)
         self.lr_ids = lr_ids
-        self.id_dropout, self.cold_offset, self.mix = id_dropout, cold_offset, mix
+        self.id_dropout, self.mix = id_dropout, mix
+        self.cold_offset.fill_(cold_offset)
         self.history_cut = history_cut
         self.reg = {"user": reg_user, "item": reg_item, "bias": reg_bias}
         self.weighed = {"modality": modality_weight, "cross": cross_weight, "collaborative": collaborative_weight}
@@ -150,6 +152,10 @@ class Hybrid(Recommender):
             {"params": ids, "lr": self.lr_ids * lr, "weight_decay": 0.0, "name": "ids"},
             {"params": rest, "lr": lr, "name": "heads"},
         ]
+
+    def _lifted(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """As they are: an absent bias has the offset in it."""
+        return users, items
 
     # -- vectors ----------------------------------------------------------------------------------------------------
 
@@ -213,10 +219,12 @@ class Hybrid(Recommender):
         return torch.cat([q, self._biases(index, self.item_present)[:, None]], dim=1)
 
     def _folded(self, p: Tensor, q: Tensor) -> Tensor:
-        """Items that training has not seen and ``history`` has: their content, mixed with what their users say.
+        """Items that training has not seen and ``history`` has: their content, moved by the users who took them.
 
-        The mirror of the history tower's closed form: (C_p + tr(C_p)/D I)^-1 (mean of the users - mean of all users),
-        weighed n / (n + 20) against content.
+        Where users are spread like a Gaussian of mean m and covariance C, those who take an item q have mean m + C q
+        (the softmax tilts the density by exp(p . q)), so that n of them, under a prior N(c, I / l), have their maximum a
+        posteriori at q = c + n (l I + n C)^-1 (mean of the n - m - C c). l is the precision that ``reg_item`` gives one
+        event, 2 ``reg_item``.
         """
         assert self.history is not None
         events = self.history.csr.T.tocsr()
@@ -224,12 +232,13 @@ class Hybrid(Recommender):
         if not len(new):
             return q
         moments = Moments.of(p[self.user_count > 0])
+        spread, axes = torch.linalg.eigh(moments.covariance)
         counts = torch.from_numpy(np.diff(events.indptr)[new]).float().to(q.device)[:, None]
         sums = torch.from_numpy(events[new].toarray()).float().to(q.device) @ p
-        said = moments.discriminant(sums / counts - moments.mean, 1.0)
-        share = counts / (counts + 20.0)
         where = torch.from_numpy(new).to(q.device)
-        return q.index_copy(0, where, (1 - share) * q[where] + share * said)
+        residual = sums - counts * (moments.mean + q[where] @ moments.covariance)
+        step = (residual @ axes / (2 * self.reg["item"] + counts * spread.clamp(min=1e-6))) @ axes.T
+        return q.index_copy(0, where, q[where] + step)
 
     def with_history(self, history: Interactions) -> Self:
         """The same weights seeing other events: users whom training has not seen become what these events say of them,

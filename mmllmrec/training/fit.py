@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.sampling import Batch, blocks_of, epoch, item_blocks
 from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.calibration import cold_room
 from mmllmrec.evaluation.protocols import validation_score
 from mmllmrec.models.base import Recommender
 from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, reset_peak_memory, write_json
@@ -83,6 +84,8 @@ def fit(
     monitor: str = "ndcg@20",
     patience: int | None = None,
     eval_every: int = 1,
+    cold_cost: float | None = None,
+    warm_floor: float | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
@@ -103,6 +106,10 @@ def fit(
     ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
     items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
     every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result.
+    ``cold_cost`` chooses, once training is over, how new items stand against known ones: the share of the monitor on
+    known items that room for new ones may cost, or as much as leaves ``warm_floor`` where that is more
+    (``evaluation.calibration.cold_room``; for models that rank new items, on splits that have some). The run's score is
+    measured after it; the history's are from before.
     ``chunk`` bounds how many items a model that reads content encodes at once (``encoders.gather.in_chunks``: the same
     gradients, less memory, one forward more). ``on_epoch`` is called in the main process with every row of the history;
     True ends the run there. ``log_with`` is any tracker of Accelerate. A model in closed form is only measured.
@@ -136,6 +143,8 @@ def fit(
         "monitor": monitor,
         "patience": patience,
         "eval_every": eval_every,
+        "cold_cost": cold_cost,
+        "warm_floor": warm_floor,
     }
     card = RunCard(
         kind="fit",
@@ -302,6 +311,11 @@ def fit(
     for tracker in accelerator.trackers:  # not end_training(), which would leave a second fit without its processes
         tracker.finish()
     checkpoint.restore(model, best)
+    if cold_cost is not None and model.supports_cold_items:
+        more = cold_room(model, split, cost=cold_cost, floor=warm_floor, metric=monitor)
+        if more is not None:
+            model.cold_offset += more
+            state["best_score"] = validation_score(model, split.train, split.valid, metric=monitor)
     card.seconds = round(spent + time.perf_counter() - began, 3)
     card.peak_memory_mb = state.get("peak", peak_memory_mb())  # a run that is only read again had its peak in training
     card.metrics = {monitor: state["best_score"], "best_epoch": state["best_epoch"]}
