@@ -222,9 +222,9 @@ class Hybrid(Recommender):
         """Items that training has not seen and ``history`` has: their content, moved by the users who took them.
 
         Where users are spread like a Gaussian of mean m and covariance C, those who take an item q have mean m + C q
-        (the softmax tilts the density by exp(p . q)), so that n of them, under a prior N(c, I / l), have their maximum a
-        posteriori at q = c + n (l I + n C)^-1 (mean of the n - m - C c). l is the precision that ``reg_item`` gives one
-        event, 2 ``reg_item``.
+        (the softmax tilts the density by exp(p . q)), so that n of them, under a prior N(c, I / l), have their maximum
+        a posteriori at q = c + n (l I + n C)^-1 (mean of the n - m - C c). l is the precision that ``reg_item`` gives
+        one event, 2 ``reg_item``.
         """
         assert self.history is not None
         events = self.history.csr.T.tocsr()
