@@ -515,3 +515,51 @@ def test_a_sensors_channels_can_be_missing_at_scoring_time():
         )
     assert all(torch.isfinite(x).all() for x in (part, none, absent))
     assert not torch.allclose(part, whole) and not torch.allclose(none, part)
+
+
+def test_while_the_towers_wait_their_states_are_computed_once(model, monkeypatch):
+    """In training only, with the same content; anew when an adapter was written to, or another catalogue is read."""
+    wake(model)
+    model.train()
+    index = torch.tensor([3, 0, 7, 5])
+    moving = model.content(index).fused.detach()
+    assert model.stood is None
+    for p in model._moving:
+        p.requires_grad_(False)
+    calls, towers = [], model.backbone.towers
+    monkeypatch.setattr(model.backbone, "towers", lambda items: calls.append(len(items)) or towers(items))
+    still = model.content(index).fused
+    torch.testing.assert_close(still, moving, atol=1e-5, rtol=1e-4)
+    assert still.requires_grad and calls == [model.n_items]  # heads train on it
+    model.content(index.flip(0))
+    assert calls == [model.n_items]
+    with torch.no_grad():
+        next(iter(lora(model, "lora_B").values())).add_(1.0)
+    changed = model.content(index).fused
+    assert len(calls) == 2 and (changed - still).abs().max() > 1e-3
+    model.with_catalog(model.catalog.without("text")).train().content(index)
+    assert len(calls) == 3
+    model.eval()
+    model.content(index)
+    assert len(calls) == 3
+
+
+def test_what_waiting_towers_say_is_nothing_of_encoders_that_train(preset):
+    train, catalog = sensing_world()
+    seed_everything(5)
+    model = Unified.from_preset(preset, data=train, catalog=catalog, dim=16)
+    with torch.no_grad():
+        before = model.backbone.towers(model.items)
+        for p in (*model.backbone.senses.parameters(), *model.backbone.resamplers.parameters()):
+            p.add_(0.5)
+        after = model.backbone.towers(model.items)
+        whole = model.backbone.states(model.items)
+    assert set(before) == {"image", "text", "joint"}
+    assert all(torch.equal(before[k][0], after[k][0]) for k in before)
+    assert not torch.equal(whole["joint"][0], after["joint"][0])  # senses are read where they may be
+
+
+def test_the_cached_trainer_waits_by_default(preset):
+    train, catalog = tiny_world()
+    model = Unified.from_preset(replace(preset, cached=(1, 1)), data=train, catalog=catalog, dim=16, trainer="cached")
+    assert model.fit_defaults["stages"] == {"lora": 0.75} and "stages" not in Unified.fit_defaults

@@ -76,6 +76,8 @@ class Items:
 
 
 Worded = Sequence[tuple[str, list[int]]]  # of each item, see ``worded``
+# {kind: (rows (n, V), present (B,) bool)}: what is said of B items, a row an item of which there is something to say
+Told = dict[str, tuple[Tensor, Tensor]]
 
 
 def worded(language: Language, prompt: Prompt, fields: list[dict[str, str]]) -> Worded:
@@ -255,10 +257,12 @@ class Backbone(nn.Module):
         tokens, of the items that have it, in order."""
         x = self.entering(items)
         for number, modality in enumerate(("image", *self.senses)):
-            tokens = soft.get(modality)
-            if tokens is not None and tokens.numel():
+            tokens, here = soft.get(modality), (items.tokens == place(number))[..., None]
+            if tokens is None:
+                x = x.masked_fill(here, 0.0)
+            elif tokens.numel():
                 # rows of ``tokens`` are those of the items that have it, in order, as are the places for them
-                x = x.masked_scatter((items.tokens == place(number))[..., None], tokens.to(x.dtype))
+                x = x.masked_scatter(here, tokens.to(x.dtype))
         x = torch.where((items.tokens == READ)[..., None], self.read, x)
         return x, items.tokens != PAD
 
@@ -272,18 +276,21 @@ class Backbone(nn.Module):
         context = (x * words).sum(1) / words.sum(1).clamp(min=1)
         return torch.cat([items.said.to(context.dtype), context], dim=1)
 
-    def states(self, items: Items) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the towers say, before whitening and heads: {kind: (rows (n, V), present (B,) bool)}, a row an item that
-        has it; kinds are the modalities and ``joint``."""
+    def states(self, items: Items) -> Told:
+        """What the towers say, before whitening and heads; kinds are the modalities and ``joint``."""
+        sensed, soft = self._sensed(items)
+        return sensed | self._towered(items, soft)
+
+    def towers(self, items: Items) -> Told:
+        """What the pretrained towers say with nothing at the places of further senses: no encoder that is trained from
+        nothing has a part in it."""
+        return self._towered(items, {})
+
+    def _sensed(self, items: Items) -> tuple[Told, dict[str, Tensor]]:
+        """What the further senses say, and their soft tokens."""
+        found: Told = {}
         soft: dict[str, Tensor] = {}
-        found: dict[str, tuple[Tensor, Tensor]] = {}
         early = EARLY in self.paths
-        image = items.present["image"]
-        if ("image" in self.paths or early) and bool(image.any()):
-            pooled, patches = self.look(items.raw["image"][image], None if items.seen is None else items.seen[image])
-            found["image"] = torch.cat([pooled, patches.mean(dim=1)], dim=1), image
-            if early:
-                soft["image"] = self.resampler(patches)
         for m, sense in self.senses.items():
             here = items.present[m]
             if (m in self.paths or early) and bool(here.any()):
@@ -291,7 +298,18 @@ class Backbone(nn.Module):
                 found[m] = pooled, here
                 if early:
                     soft[m] = self.resamplers[m](tokens)
-        text = items.present["text"]
+        return found, soft
+
+    def _towered(self, items: Items, soft: Mapping[str, Tensor]) -> Told:
+        """What the pretrained towers say, ``soft`` being the soft tokens of the senses."""
+        found: Told = {}
+        early = EARLY in self.paths
+        image, text = items.present["image"], items.present["text"]
+        if ("image" in self.paths or early) and bool(image.any()):
+            pooled, patches = self.look(items.raw["image"][image], None if items.seen is None else items.seen[image])
+            found["image"] = torch.cat([pooled, patches.mean(dim=1)], dim=1), image
+            if early:
+                soft = {"image": self.resampler(patches), **soft}
         if ("text" in self.paths or early) and bool(text.any()):
             found["text"] = self._heard(items)[text], text
         if early:
@@ -322,9 +340,10 @@ class Backbone(nn.Module):
         for kind, parts in rows.items():
             self.whiten[kind].fit(torch.cat(parts))  # type: ignore[operator]
 
-    def forward(self, items: Items) -> Content:
-        """Content of items, by all paths; a path's vector is zero where an item has it not."""
-        found = self.states(items)
+    def forward(self, items: Items, towers: Told | None = None) -> Content:
+        """Content of items, by all paths; a path's vector is zero where an item has it not. ``towers`` is what the
+        pretrained ones say of these items, where it is known already."""
+        found = self.states(items) if towers is None else self._sensed(items)[0] | towers
         states, present = {}, {}
         for kind, whiten in self.whiten.items():
             if kind in found:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, scattered, tokenise, word_means, worded
+from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, Told, scattered, tokenise, word_means, worded
 from mmllmrec.encoders.heads import EARLY, KEEP, SHRINK, Content
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
@@ -62,6 +62,9 @@ PRESETS = {
     ),
 }
 TRAINERS = ("cached", "end_to_end")
+# keywords of ``fit`` for the cached trainer: heads, IDs and senses settle on the towers as they are, whose states are
+# computed once for all of that time; then the last layers' adapters join
+CACHED: dict[str, Any] = {"stages": {"lora": 0.75}}
 
 
 class Unified(Hybrid):
@@ -169,9 +172,10 @@ class Unified(Hybrid):
     ) -> Unified:
         """A model on pretrained towers: ``"nano"`` (shipped), ``"minilm"`` (its extra), ``"base"`` (the hub), or a
         ``Preset`` of your own. ``trainer="end_to_end"`` puts LoRA on every layer; ``"cached"`` on the last ones alone,
-        and what the frozen layers below say is computed once. With ``store=`` (a ``features.store.Store`` or its
-        folder) it is kept on disk, an entry an item: a second building, another catalogue or ``with_catalog`` runs the
-        layers on what is new alone, whatever LoRA is above them. ``options`` go to the constructor."""
+        what the frozen layers below say is computed once, and by its ``fit_defaults`` these wait for the heads to
+        settle (``CACHED``). With ``store=`` (a ``features.store.Store`` or its folder) it is kept on disk, an entry an
+        item: a second building, another catalogue or ``with_catalog`` runs the layers on what is new alone, whatever
+        LoRA is above them. ``options`` go to the constructor."""
         if isinstance(preset, str) and preset not in PRESETS:
             raise DataError(f"unknown preset {preset!r}; presets are {sorted(PRESETS)}, or pass a Preset")
         if trainer not in TRAINERS:
@@ -179,7 +183,10 @@ class Unified(Hybrid):
         chosen = PRESETS[preset] if isinstance(preset, str) else preset
         if trainer == "cached":
             chosen = replace(chosen, look=chosen.cached[0], enter=chosen.cached[1])
-        return cls(data, catalog=catalog, preset=chosen, **options)
+        model = cls(data, catalog=catalog, preset=chosen, **options)
+        if trainer == "cached":
+            model.fit_defaults = cls.fit_defaults | CACHED  # type: ignore[misc]
+        return model
 
     def _adapt(self) -> None:
         """LoRA on the layers of both towers that are not frozen."""
@@ -228,6 +235,7 @@ class Unified(Hybrid):
         pixels = catalog.pixels(size) if has_pixels else np.zeros((len(catalog), 3, 1, 1), np.uint8)
         raw = {"image": torch.from_numpy(pixels.copy())}
         raw |= {m: torch.from_numpy(catalog.signal(m)) for m in self.backbone.senses}
+        self.stood: tuple[int, Told] | None = None
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
         before: Items | None = getattr(self, "items", None)
         self.items = Items(tokens, words, raw, present, word_means(self._language, known))
@@ -320,9 +328,7 @@ class Unified(Hybrid):
         """``ids``: IDs and biases, at ``lr_ids`` lr; ``heads``: what is new, at lr; ``lora``: adapters, the picture's
         resampler and the read-out, at ``lr_lora`` lr: what the heads read must not move faster than they follow."""
         ids, rest = super().parameter_groups(lr)
-        bone = self.backbone
-        towers = [p for t in (bone.vision, bone.language, bone.resampler) for p in t.parameters() if p.requires_grad]
-        lora = {id(p) for p in (*towers, bone.read)}
+        lora = {id(p) for p in self._moving if p.requires_grad}
         heads = [p for p in rest["params"] if id(p) not in lora]
         adapted = [p for p in rest["params"] if id(p) in lora]
         groups = [
@@ -332,10 +338,49 @@ class Unified(Hybrid):
         ]
         return [g for g in groups if g["params"]]
 
+    @property
+    def _moving(self) -> list[nn.Parameter]:
+        """What trains in the pretrained towers, unless it is made to wait: adapters, resampler, read-out."""
+        bone = self.backbone
+        lora = [p for t in (bone.vision, bone.language) for n, p in t.named_parameters() if "lora_" in n]
+        return [*lora, *bone.resampler.parameters(), bone.read]
+
     def content(self, index: Tensor) -> Content:
         """What the backbone makes of some items, (C,)."""
-        found: Content = self.backbone(self.items.take(index.cpu()).to(self.device))
+        index = index.cpu()
+        found: Content = self.backbone(self.items.take(index).to(self.device), self._standing(index))
         return found
+
+    def _standing(self, index: Tensor) -> Told | None:
+        """In training, what the pretrained towers say of some items as long as nothing in them has a gradient: it is
+        computed once (``Backbone.towers``), and not of what a run that is resumed cannot know. None where they move."""
+        if not self.training or any(p.requires_grad for p in self._moving):
+            return None
+        version = sum(p._version for p in self._moving)  # of a tensor: how often it was written to
+        if self.stood is None or self.stood[0] != version:
+            with self.evaluating():
+                self.stood = version, self._of_all(self.backbone.towers)
+        found = {}
+        for kind, (rows, here) in self.stood[1].items():
+            present = here[index]
+            found[kind] = rows[index][present].to(self.device), present.to(self.device)
+        return {k: v for k, v in found.items() if len(v[0])}
+
+    def _of_all(self, say: Callable[[Items], Told]) -> Told:
+        """What is said of every item, on the CPU: rows (I, V), zero where there is nothing, and who has them."""
+        blocks = torch.arange(self.n_items).split(256)
+        found = [say(self.items.take(b).to(self.device)) for b in blocks]
+        whole: Told = {}
+        for kind in dict.fromkeys(k for f in found for k in f):
+            parts = [f.get(kind) for f in found]
+            width = next(p[0].shape[1] for p in parts if p is not None)
+            nothing = [(torch.zeros(0, width), torch.zeros(len(b), dtype=torch.bool)) for b in blocks]
+            both = [
+                (p[0].float().cpu(), p[1].cpu()) if p is not None else n for p, n in zip(parts, nothing, strict=True)
+            ]
+            here = torch.cat([p[1] for p in both])
+            whole[kind] = scattered(torch.cat([p[0] for p in both]), here), here
+        return whole
 
     @torch.no_grad()
     def tower_features(self, *, keep: int = KEEP) -> FeatureTable:
@@ -348,24 +393,16 @@ class Unified(Hybrid):
         the two-stage twin.
         """
         with self.evaluating():
-            blocks = torch.arange(self.n_items).split(256)
-            found = [self.backbone.states(self.items.take(b).to(self.device)) for b in blocks]
-        widths: dict[str, tuple[int, ...]] = {m: w.widths for m, w in self.backbone.whiten.items()}  # type: ignore[misc]
+            told = self._of_all(self.backbone.states)
         names = {"image": ("image", "patches"), "text": ("text", "context"), JOINT: ("joint", "tokens")}
         tables, presence = {}, []
         for path, parts in names.items():
-            if all(path not in f for f in found):
-                continue
-            rows, here = [], []
-            for block, states in zip(blocks, found, strict=True):
-                nothing = torch.zeros(0, sum(widths[path])), torch.zeros(len(block), dtype=torch.bool)
-                own, at = (x.cpu() for x in states.get(path, nothing))
-                rows.append(scattered(own.float(), at))
-                here.append(at)
-            split = torch.cat(rows).split(widths[path], dim=1)
-            for name, table in zip(parts, split, strict=False):
-                tables[name] = table.numpy()
-                presence.append(torch.cat(here).numpy())
+            if path in told:
+                rows, here = told[path]
+                widths: tuple[int, ...] = self.backbone.whiten[path].widths  # type: ignore[assignment]
+                for name, table in zip(parts, rows.split(widths, dim=1), strict=False):
+                    tables[name] = table.numpy()
+                    presence.append(here.numpy())
         warm = self.train_data.item_counts > 0
         table = FeatureTable(tables, np.stack(presence, axis=1))
         others = [m for m in self.modalities if m not in ("image", "text")]
