@@ -542,7 +542,11 @@ Trials = Annotated[int, typer.Option(min=1, help="settings tried of every row, o
 Minutes = Annotated[float, typer.Option(min=0.01, help="of training that every row's search may take")]
 Searches = Annotated[Path, typer.Option("--tuned", help="where searches are kept, shared by q1 to q4")]
 EndToEnd = Annotated[
-    bool, typer.Option("--end-to-end", help="on real data, train the unified model end to end too (planted: always)")
+    bool,
+    typer.Option(
+        "--end-to-end",
+        help="train the unified model end to end, not only its last layers (q1 on planted worlds: always)",
+    ),
 ]
 
 

@@ -139,7 +139,8 @@ def ask(
     metrics |= {c.metric for columns in question.layout.tables.values() for c in columns}
     frame = frame_of(cards, metrics)
     verdicts = judge(question.claims, frame, cards, place)
-    title = f"{question.title} {asked.data.name}, mean ± std over {seeds} seeds"
+    reads = f"{asked.preset}, {asked.trainer.replace('_', ' ')}"
+    title = f"{question.title} {asked.data.name}, mean ± std over {seeds} seeds (Unified: {reads})"
     answer = Answer(title, frame, verdicts, [], question.layout, place / "card.json")
     answer.notes = question.notes(answer)
     settings = {

@@ -2,8 +2,9 @@
 
 All take the data (a name, or a ``RecDataset``) and ``path`` of its folder; ``seeds``; the budget of every search,
 ``trials`` and ``minutes``; ``folder``, where the answer, its cards and checkpoints go; ``tuned``, where searches are
-kept and shared; ``end_to_end``, the trainer of Unified on real data (``rows.setup``). A question that was cut off goes
-on, and one that was answered is read.
+kept and shared; ``end_to_end``, the trainer of Unified: left out, the first question trains it end to end on planted
+worlds and everything else has the cached trainer (``rows.setup``). A question that was cut off goes on, and one that
+was answered is read.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _asked(make: Callable[[Setup], Question]) -> Callable[..., Answer]:
         end_to_end: bool | None = None,
         quick: int | None = None,
     ) -> Answer:
-        asked = setup(data, path, end_to_end=end_to_end)
+        asked = setup(data, path, end_to_end=end_to_end, whole=name == "q1")
         budget = Budget(trials, minutes, Path(tuned))
         return ask(make(asked), asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
 

@@ -94,14 +94,18 @@ class Setup:
 
 
 def setup(
-    data: str | RecDataset, path: str | os.PathLike[str] | None = None, *, end_to_end: bool | None = None
+    data: str | RecDataset,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    end_to_end: bool | None = None,
+    whole: bool = True,
 ) -> Setup:
     """Load a question's data by name, or take it, and choose how Unified reads it.
 
-    Planted worlds: ``nano``, end to end. Real data: ``minilm`` with the cached trainer, eight epochs in blocks of 256
-    items, unless ``end_to_end=True`` asks for both. Of Last.fm the words (artist names and tags) and ``vggish`` are
-    kept: ``whisper`` is a second account of the same sound, and the MiniLM table one of the same words. Raises
-    ``DataError`` for another name.
+    Planted worlds: ``nano``; real data: ``minilm``, eight epochs in blocks of 256 items. Its trainer is the cached one
+    unless ``end_to_end=True``; where that is left out, planted worlds are trained end to end if ``whole``. Of Last.fm
+    the words (artist names and tags) and ``vggish`` are kept: ``whisper`` is a second account of the same sound, and
+    the MiniLM table one of the same words. Raises ``DataError`` for another name.
     """
     if isinstance(data, str):
         if data not in DATA:
@@ -111,7 +115,7 @@ def setup(
         found = load_dataset(data, path, **reading)
         data = _sound_and_words(found) if data == "lastfm-2k" else found
     planted = isinstance(data, Atelier)
-    whole = planted if end_to_end is None else end_to_end
+    whole = planted and whole if end_to_end is None else end_to_end
     settings = {} if planted else {"epochs": 8, "item_batch": 256}
     return Setup(data, "nano" if planted else "minilm", "end_to_end" if whole else "cached", settings)
 
