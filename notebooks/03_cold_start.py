@@ -236,9 +236,9 @@ print(card.read_text(encoding="utf-8") if card.is_file() else "not measured yet"
 # has taken it, and an ID model can only wait. A new user is the other way round: without an event there is nothing to
 # go by, and the first few say a good deal. Both come out of one fitted model, for the price of a forward pass.
 #
-# Two limits are in the figures. From two or three events on, the graph model places a new *item* better: the unified
-# model moves content towards its takers too slowly. And without ID dropout `cold only` and `warm` are as good or
-# better: what dropout buys here is the right height of new items among old ones, not better content.
+# A new item's first takers move it from where content put it to where both together say, and nothing is trained again.
+# One limit is in the last figure. Without ID dropout `cold only` and `warm` are as good or better: what dropout buys
+# here is the right height of new items among old ones, not better content.
 
 # %%
 if not SMOKE:

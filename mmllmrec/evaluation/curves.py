@@ -46,7 +46,7 @@ class Curve:
         """A line a system with its 95% interval; dashed where the system cannot follow. Returns the figure."""
         import matplotlib.pyplot as plt
 
-        figure, axis = plt.subplots(figsize=(5.5, 3.4))
+        figure, axis = plt.subplots(figsize=(6.8, 3.4))
         for name, part in self.frame.groupby("system", sort=False):
             style = "-" if part["adapts"].all() else "--"
             (line,) = axis.plot(part[self.axis], part["mean"], style, marker="o", markersize=4, label=name)
@@ -58,7 +58,7 @@ class Curve:
         axis.set_ylabel(self.metric)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
         return figure
 
