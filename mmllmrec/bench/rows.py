@@ -25,6 +25,7 @@ from mmllmrec.seed import generator
 
 DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k")
 TWIN, TWIN_PRESENT = "Factor-fed twin", "Factor-fed twin, of present content"
+LARGE = 4000  # items
 COLD_COST = 0.05  # of its ndcg@20 on known items that every system gives for new ones, at least (see ``ask``)
 LR, DECAY = (3e-4, 1e-2, "log"), (0.1, 3.0, "log")
 HYBRID = {"fit.lr": (1e-3, 1e-2, "log"), "reg_user": (5e-3, 0.1, "log"), "reg_item": (0.5, 8.0, "log")}
@@ -102,10 +103,11 @@ def setup(
 ) -> Setup:
     """Load a question's data by name, or take it, and choose how Unified reads it.
 
-    Planted worlds: ``nano``; real data: ``minilm``, eight epochs in blocks of 256 items. Its trainer is the cached one
-    unless ``end_to_end=True``; where that is left out, planted worlds are trained end to end if ``whole``. Of Last.fm
-    the words (artist names and tags) and ``vggish`` are kept: ``whisper`` is a second account of the same sound, and
-    the MiniLM table one of the same words. Raises ``DataError`` for another name.
+    Planted worlds: ``nano``; real data: ``minilm``. With more than ``LARGE`` items it is trained for eight epochs in
+    blocks of 256, in place of twenty in blocks of 128. Its trainer is the cached one unless ``end_to_end=True``; where
+    that is left out, planted worlds are trained end to end if ``whole``. Of Last.fm the words (artist names and tags)
+    and ``vggish`` are kept: ``whisper`` is a second account of the same sound, and the MiniLM table one of the same
+    words. Raises ``DataError`` for another name.
     """
     if isinstance(data, str):
         if data not in DATA:
@@ -116,7 +118,7 @@ def setup(
         data = _sound_and_words(found) if data == "lastfm-2k" else found
     planted = isinstance(data, Atelier)
     whole = planted and whole if end_to_end is None else end_to_end
-    settings = {} if planted else {"epochs": 8, "item_batch": 256}
+    settings = {"epochs": 8, "item_batch": 256} if len(data.catalog) > LARGE else {}
     return Setup(data, "nano" if planted else "minilm", "end_to_end" if whole else "cached", settings)
 
 
