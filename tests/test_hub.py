@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
+from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
 from mmllmrec.features import adapters
 from mmllmrec.models import BPR, Recommender, Unified
@@ -100,3 +102,26 @@ def test_a_classical_model_goes_up_too(hub):
     assert "lora" not in ModelCard.load(hub[0] / "me" / "bpr" / "README.md").data.tags
     with pytest.raises(DataError, match="give owner/name"):
         model.push_to_hub("bpr", card=card_of(model))
+
+
+@pytest.mark.parametrize("name", ["atelier-q1", "atelier-q2"])
+def test_the_adapters_behind_the_tables_fit_their_base(name):
+    folder = Path(__file__).parent.parent / "adapters" / name
+    world = atelier(n_items=31, n_users=17, n_events=200, size=8)
+    trainer = "end_to_end" if name == "atelier-q1" else "cached"
+    model = Unified.from_preset("nano", data=world.interactions, catalog=world.catalog, trainer=trainer)
+    card = json.loads((folder / "card.json").read_text())
+    about = model.provenance()
+    assert (card["model"]["base"], card["model"]["prompt"]) == (about["base"], about["prompt"])
+    assert card["split"]["hash"] and card["command"].startswith(f"mmllmrec bench {name[-2:]}")
+    for tower in ("vision", "language"):
+        part = getattr(model.backbone, tower)
+        adapters.load(part, folder / tower)
+        assert any(p.abs().max() > 0 for n, p in part.named_parameters() if "lora_B" in n)
+        config = json.loads((folder / tower / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "nano"
+    report = RunCard.load(Path(__file__).parent.parent / f"notebooks/cards/{name[-2:]}/seed0/report/card.json")
+    shown = card["metrics"]["Unified | cold | ndcg@20"]
+    assert (
+        shown == report.metrics["Unified | cold | ndcg@20"] and f"{shown[0]:.4f}" in (folder / "README.md").read_text()
+    )

@@ -178,7 +178,7 @@ def run_seed(
 
 def keep_model(run: Any, card: RunCard, folder: Path) -> None:
     """Save a run's model, its adapters in PEFT's format inside, with a model card of its rows in a report's card."""
-    own = {k: v for k, v in card.metrics.items() if k.startswith(f"{card.name} | ")}
+    own = {k: v for k, v in card.metrics.items() if k.startswith(f"{card.name} | ") and k.endswith(METRICS[:2])}
     run.model.save_pretrained(folder)
     write_card(folder, card=replace(card, metrics=own, model=run.card.model), base=bases(run.model))
 

@@ -53,10 +53,19 @@ def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None 
 
 
 def save(adapted: Any, folder: Path, *, card: dict[str, Any]) -> None:
-    """Write ``adapter_model.safetensors``, ``adapter_config.json`` (both PEFT's) and ``card.json`` to ``folder``."""
+    """Write ``adapter_model.safetensors``, ``adapter_config.json`` (both PEFT's) and ``card.json`` to ``folder``.
+
+    The configuration names the base as the card's ``base_model`` does, or by the last part of its folder: where a
+    folder of one's own lies is nobody's business.
+    """
     # no embedding is adapted, and "auto" would ask the hub whether one grew
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card: ours says what is known
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = str(card.get("base_model") or config["base_model_name_or_path"] or "")
+    config["base_model_name_or_path"] = (Path(name).name if Path(name).exists() else name) or None
+    path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
