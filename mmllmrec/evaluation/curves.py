@@ -25,7 +25,7 @@ from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator
 
 
-@dataclass
+@dataclass(repr=False)
 class Curve:
     """Means over users at each place of an axis: ``frame`` has a row a (system, place): mean, low, high (95%), users,
     adapts. ``axis`` is the column of the places (``"k"``, ``"missing"``), ``label`` what it is called in a figure."""
@@ -71,6 +71,9 @@ class Curve:
             (beside / "table.txt").write_text(f"{self}\n", encoding="utf-8")
 
         return write_atomically(folder, write) / "card.json"
+
+    def __repr__(self) -> str:
+        return f"Curve({self.metric} by {self.label}; {', '.join(self.frame['system'].unique())})"
 
     def __str__(self) -> str:
         s = self.card

@@ -10,7 +10,7 @@ import html
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,20 @@ COLUMNS = [USER, "rank", ITEM, "title", "score", "basis"]
 THUMBNAIL = 96  # pixels a side, in a notebook's grid
 
 
-@dataclass
+@dataclass(repr=False)
 class Recommendations:
     """What was recommended to whom. ``frame`` has a row a recommendation, best first: user_id, rank (from 1), item_id,
     title, score, and ``basis``: ``"history"`` where the model scored the user, ``"popularity"`` where it could not."""
 
     frame: pd.DataFrame
-    catalog: Catalog | None = field(default=None, repr=False)
+    catalog: Catalog | None = None
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    def __repr__(self) -> str:
+        users = self.frame["user_id"].nunique()
+        return f"Recommendations({len(self)} for {users} {'user' if users == 1 else 'users'})"
 
     def __str__(self) -> str:
         return self.frame.to_string(index=False, float_format="{:.4f}".format)
