@@ -82,19 +82,20 @@ def ask(
     rows, place = question.rows, Path(folder)
     searched = {r.search for r in (REFERENCE, *rows) if r.space}
     bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
-    tuned = _searches(rows, asked.data, budget, quick, bar)
-    by_name = {r.name: r for r in (REFERENCE, *rows)}
+    fits = _Fits(rows, asked.data, budget)
+    _search(fits, quick, bar)
+    tuned = fits.tuned
     command = f"mmllmrec bench {question.name} --data {asked.data.name} --seeds {seeds} --trials {budget.trials}"
     command += f" --minutes {budget.minutes:g}" if budget.minutes is not None else ""
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
-        room = _room(budget, asked.data, split, seed, by_name, tuned)
+        room = fits.room(split, seed)
         entries = [
             Entry(
                 r.name,
                 lambda split, made, r=r: r.build(split, made, **tuned[r.search].options),  # type: ignore[misc]
-                tuned[r.search].settings | (room if r.name != REFERENCE.name else {}),
+                fits.settings(r, room),
                 question.controls if r.name == question.first else False,
             )
             for r in rows
@@ -125,7 +126,7 @@ def ask(
             beside=question.beside,
             more=more,
             about=about,
-            places={r.name: _place(budget, asked.data, split, seed, r, by_name, tuned) for r in rows},
+            places={r.name: fits.place(r, split, seed) for r in rows},
             quick=quick,
             done=done,
             command=command,
@@ -156,23 +157,65 @@ def ask(
     return answer
 
 
-def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int | None, bar: Any) -> dict[str, Any]:
-    """What each search of some rows found, by its name."""
+@dataclass
+class _Fits:
+    """The fits of some rows and the reference: where each lies, and how it is made. ``tuned`` is what each search has
+    found so far."""
+
+    rows: Sequence[Row]
+    data: RecDataset
+    budget: Budget
+    tuned: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, Row]:
+        return {r.name: r for r in (REFERENCE, *self.rows)}
+
+    def place(self, row: Row, split: Split, seed: int) -> Path:
+        """Where the fit of a row on a split lies: its name, and a hash of all that decides it."""
+        behind = (row, *(self.by_name[name] for name in row.after))
+        parts = [(r.name, r.search, self.tuned[r.search].options, self.tuned[r.search].settings) for r in behind]
+        name = f"{row.name}, {content_hash(split.hash, parts)[:8]}"
+        return self.budget.folder / self.data.name / FITS / f"{split.name}, seed {seed}" / name
+
+    def settings(self, row: Row, room: Mapping[str, float]) -> dict[str, Any]:
+        """The keywords of a row's ``fit``; the reference, which ranks no new items, is fitted before there is room."""
+        found: dict[str, Any] = self.tuned[row.search].settings
+        return found if row.name == REFERENCE.name else {**found, **room}
+
+    def fit(self, row: Row, split: Split, seed: int, made: Mapping[str, Any], room: Mapping[str, float]) -> Any:
+        """A row with the settings its search found, fitted on a split, at its place."""
+        from mmllmrec.training.fit import fit
+
+        seed_everything(seed)
+        model = row.build(split, made, **self.tuned[row.search].options)
+        where, shown = self.place(row, split, seed), sys.stderr.isatty()
+        return fit(model, split, seed=seed, folder=where, progress=shown, **self.settings(row, room))
+
+    def room(self, split: Split, seed: int) -> dict[str, float]:
+        """The keywords of ``fit`` that say how much room new items get on a split; kept beside the reference's fit."""
+        path = self.place(REFERENCE, split, seed) / "room.json"
+        if not path.is_file():
+            run = self.fit(REFERENCE, split, seed, {}, {})
+            write_json(path, {"cold_cost": COLD_COST, "warm_floor": round(known_score(run.model, split), 6)})
+        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+
+def _search(fits: _Fits, quick: int | None, bar: Any) -> None:
+    """Make every search of the rows, into ``fits.tuned``."""
     from mmllmrec.training.tune import tune
 
-    split = splits.cold_items(data, seed=0)
-    place = budget.folder / data.name
-    found: dict[str, Any] = {}
+    split, budget = splits.cold_items(fits.data, seed=0), fits.budget
     made: dict[str, Any] = {}
-    by_name = {r.name: r for r in (REFERENCE, *rows)}
     room: dict[str, Any] = {}
 
     def fitted(name: str) -> Any:
         if name not in made:
-            made[name] = _fit(budget, data, split, 0, by_name[name], made, by_name, found, room)
+            made[name] = fits.fit(fits.by_name[name], split, 0, made, room)
         return made[name]
 
-    for row in by_name.values():
+    for row in fits.by_name.values():
         if not row.space:
             continue
         bar.set_description(f"tune {row.search}")
@@ -182,7 +225,7 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
         def build(split: Split, row: Row = row, first: Any = first, **options: Any) -> Any:
             return row.build(split, first, **options)
 
-        found[row.search] = tune(
+        fits.tuned[row.search] = tune(
             build,
             split,
             space=row.space | ({option: list(values)} if values else {}),
@@ -190,61 +233,11 @@ def _searches(rows: Sequence[Row], data: RecDataset, budget: Budget, quick: int 
             start=[row.start | {option: v} for v in values] if values else row.start,
             trials=budget.trials + max(len(values) - 1, 0),
             minutes=budget.minutes,
-            folder=place / row.search,
+            folder=budget.folder / fits.data.name / row.search,
             progress=sys.stderr.isatty(),
         )
-        room = room or _room(budget, data, split, 0, by_name, found)
+        room = room or fits.room(split, 0)
         bar.update()
-    return found
-
-
-def _room(
-    budget: Budget, data: RecDataset, split: Split, seed: int, by_name: Mapping[str, Row], tuned: Mapping[str, Any]
-) -> dict[str, float]:
-    """The keywords of ``fit`` that say how much room new items get on a split; kept beside the reference's fit."""
-    path = _place(budget, data, split, seed, REFERENCE, by_name, tuned) / "room.json"
-    if not path.is_file():
-        run = _fit(budget, data, split, seed, REFERENCE, {}, by_name, tuned, {})
-        write_json(path, {"cold_cost": COLD_COST, "warm_floor": round(known_score(run.model, split), 6)})
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def _fit(
-    budget: Budget,
-    data: RecDataset,
-    split: Split,
-    seed: int,
-    row: Row,
-    made: Mapping[str, Any],
-    by_name: Mapping[str, Row],
-    tuned: Mapping[str, Any],
-    room: Mapping[str, float],
-) -> Any:
-    """A row with the settings its search found, fitted on a split, at its place."""
-    from mmllmrec.training.fit import fit
-
-    seed_everything(seed)
-    best, where = tuned[row.search], _place(budget, data, split, seed, row, by_name, tuned)
-    settings = best.settings | (room if row.name != REFERENCE.name else {})
-    model = row.build(split, made, **best.options)
-    return fit(model, split, seed=seed, folder=where, progress=sys.stderr.isatty(), **settings)
-
-
-def _place(
-    budget: Budget,
-    data: RecDataset,
-    split: Split,
-    seed: int,
-    row: Row,
-    by_name: Mapping[str, Row],
-    tuned: Mapping[str, Any],
-) -> Path:
-    """Where the fit of a row on a split lies: its name, and a hash of all that decides it."""
-    behind = (row, *(by_name[name] for name in row.after))
-    parts = [(r.name, r.search, tuned[r.search].options, tuned[r.search].settings) for r in behind]
-    name = f"{row.name}, {content_hash(split.hash, parts)[:8]}"
-    return budget.folder / data.name / FITS / f"{split.name}, seed {seed}" / name
 
 
 def _costs(run: Any) -> dict[str, float]:

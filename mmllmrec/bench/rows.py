@@ -279,9 +279,7 @@ def unified_row(asked: Setup, name: str = "Unified", *, trainer: str = "", searc
         return Unified.from_preset(asked.preset, **content, **options, **fixed)
 
     from mmllmrec.models import Unified
-    from mmllmrec.models.unified import CACHED
 
     own = name == "Unified" or searched
     tuned: dict[str, Any] = {"space": SPACES["Unified"], "start": STARTS["Unified"]} if own else {}
-    settings = Unified.fit_defaults | (CACHED if chosen == "cached" else {}) | asked.unified
-    return Row(name, build, settings, search=f"Unified, {chosen}", **tuned)
+    return Row(name, build, Unified.settings(chosen) | asked.unified, search=f"Unified, {chosen}", **tuned)

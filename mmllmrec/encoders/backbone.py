@@ -278,7 +278,8 @@ class Backbone(nn.Module):
 
     def states(self, items: Items) -> Told:
         """What the towers say, before whitening and heads; kinds are the modalities and ``joint``."""
-        sensed, soft = self._sensed(items)
+        sensed, tokens = self._sensed(items)
+        soft = {m: self.resamplers[m](t) for m, t in tokens.items()} if EARLY in self.paths else {}
         return sensed | self._towered(items, soft)
 
     def towers(self, items: Items) -> Told:
@@ -287,18 +288,15 @@ class Backbone(nn.Module):
         return self._towered(items, {})
 
     def _sensed(self, items: Items) -> tuple[Told, dict[str, Tensor]]:
-        """What the further senses say, and their soft tokens."""
+        """What the further senses say, and their tokens (n, N, P)."""
         found: Told = {}
-        soft: dict[str, Tensor] = {}
-        early = EARLY in self.paths
+        every: dict[str, Tensor] = {}
         for m, sense in self.senses.items():
             here = items.present[m]
-            if (m in self.paths or early) and bool(here.any()):
-                pooled, tokens = sense(items.raw[m][here])
+            if (m in self.paths or EARLY in self.paths) and bool(here.any()):
+                pooled, every[m] = sense(items.raw[m][here])
                 found[m] = pooled, here
-                if early:
-                    soft[m] = self.resamplers[m](tokens)
-        return found, soft
+        return found, every
 
     def _towered(self, items: Items, soft: Mapping[str, Tensor]) -> Told:
         """What the pretrained towers say, ``soft`` being the soft tokens of the senses."""

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.protocols import of_known, validation_score
 from mmllmrec.evaluation.ranking import Frozen, name_of, rank
 
 STEPS = 12  # halvings of the range that is searched, 16 deviations of the scores wide
@@ -24,17 +25,10 @@ def lifted(users: Tensor, items: Tensor, new: Tensor, offset: float | Tensor) ->
     return torch.cat([users, users.new_ones(len(users), 1)], dim=1), torch.cat([items, column], dim=1)
 
 
-def known_positives(split: Split) -> Interactions:
-    """Validation positives of the row ``warm``: of items and users with a training event."""
-    valid = split.valid
-    return valid.select(split.warm_items[valid.items] & ~split.cold_users[valid.users])
-
-
 def known_score(scorer: Any, split: Split, *, metric: str = "ndcg@20", seed: int = 0) -> float:
-    """Mean of a metric on ``known_positives``, ranked among the whole catalogue, train masked: a floor for others."""
-    k = int(metric.partition("@")[2] or 0)
-    found = rank(scorer, known_positives(split), seen=split.train.csr, k=k, seed=seed)
-    return float(found.per_user(metric).mean())
+    """``validation_score`` on the row ``warm``, ranked among the whole catalogue: a floor for others."""
+    known = split.valid.select(of_known(split, split.valid))
+    return validation_score(scorer, split.train, known, metric=metric, seed=seed)
 
 
 def cold_room(
@@ -52,7 +46,7 @@ def cold_room(
     """
     if not 0 < cost < 1:
         raise DataError(f"cold_cost={cost}: a share of the metric on known items, between 0 and 1")
-    warm, known = split.warm_items, known_positives(split)
+    warm, known = split.warm_items, split.valid.select(of_known(split, split.valid))
     if not len(known) or bool(warm[split.valid.items].all()):
         return None
     users, items = (x.float().cpu() for x in scorer.embed())

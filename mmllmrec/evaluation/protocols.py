@@ -23,6 +23,11 @@ def validation_score(
     return float(rank(scorer, valid, seen=train.csr, k=k, seed=seed).per_user(metric).mean())
 
 
+def of_known(split: Split, target: Interactions) -> np.ndarray:
+    """Which positives are of an item and of a user with a training event, (n,) bool: those of the row ``warm``."""
+    return np.asarray(split.warm_items[target.items] & ~split.cold_users[target.users])
+
+
 def rankings(
     scorer: Any, split: Split, target: Interactions, *, seen: sp.csr_matrix, k: int, seed: int
 ) -> dict[str, Ranking]:
@@ -38,7 +43,8 @@ def rankings(
     lists = top(scorer, users, target.n_items, seen=seen, k=k, seed=seed)
     warm = split.warm_items
     of_cold_users = split.cold_users[target.users]
-    is_warm, is_cold = (x & ~of_cold_users for x in (warm[target.items], ~warm[target.items]))
+    is_warm = of_known(split, target)
+    is_cold = ~is_warm & ~of_cold_users
     found = {"all": find(lists, target)}
     if is_cold.any():
         if is_warm.any():

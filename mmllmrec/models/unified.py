@@ -167,6 +167,11 @@ class Unified(Hybrid):
                 self.backbone.fit_whitening(self.items.take(block) for block in warm.split(256))
 
     @classmethod
+    def settings(cls, trainer: str) -> dict[str, Any]:
+        """The keywords of ``fit`` that models of a trainer ask for."""
+        return cls.fit_defaults | (CACHED if trainer == "cached" else {})
+
+    @classmethod
     def from_preset(
         cls, preset: str | Preset, *, data: Interactions, catalog: Catalog, trainer: str = "end_to_end", **options: Any
     ) -> Unified:
@@ -185,7 +190,7 @@ class Unified(Hybrid):
             chosen = replace(chosen, look=chosen.cached[0], enter=chosen.cached[1])
         model = cls(data, catalog=catalog, preset=chosen, **options)
         if trainer == "cached":
-            model.fit_defaults = cls.fit_defaults | CACHED  # type: ignore[misc]
+            model.fit_defaults = cls.settings(trainer)  # type: ignore[misc]
         return model
 
     def _adapt(self) -> None:

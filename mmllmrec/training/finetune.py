@@ -21,7 +21,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import SPLITS, Split
 from mmllmrec.evaluation.report import evaluate
 from mmllmrec.models.hybrid import Hybrid
-from mmllmrec.models.unified import CACHED, PRESETS, Preset, Unified
+from mmllmrec.models.unified import PRESETS, Preset, Unified
 from mmllmrec.runcard import content_hash, write_json
 from mmllmrec.seed import seed_everything
 from mmllmrec.training.fit import Run, fit
@@ -74,8 +74,7 @@ def check(given: Any) -> dict[str, Any]:
         if not isinstance(given.get(section, {}), dict):
             raise DataError(f"{section}: a JSON object is expected, not {given[section]!r}")
     whole: dict[str, Any] = {k: {**v, **given.get(k, {})} for k, v in SECTIONS.items()} | {"seed": seed}
-    cached = CACHED if whole["model"].get("trainer") == "cached" else {}
-    whole["fit"] = {**Unified.fit_defaults, **cached, **given.get("fit", {})}
+    whole["fit"] = {**Unified.settings(whole["model"].get("trainer", "")), **given.get("fit", {})}
     for section in ("data", "split"):
         _known(section, whole[section], SECTIONS[section])
         if not isinstance(whole[section]["options"], dict):
