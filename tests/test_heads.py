@@ -139,6 +139,13 @@ def test_a_two_stage_twin_reads_what_the_untrained_towers_say(world, model):
         assert abs(float(torch.corrcoef(torch.stack([one[:, n], other[:, n]]))[0, 1])) > 0.98, n
     twin = TwoStage(world.interactions, features=table, early=("image", "patches", "text", "joint", "tokens"))
     assert twin.heads.early == ("image", "patches", "text", "joint", "tokens") and twin.config["early"]
+    # what another catalogue lacks is lacking there, and what towers say of both at once is read again
+    blind = twin.with_catalog(world.catalog.without("image")).features
+    here = world.catalog.present("image")
+    assert not blind.tables["patches"].any() and np.array_equal(blind.tables["text"], table.tables["text"])
+    changed = np.abs(blind.tables["joint"] - table.tables["joint"]).max(axis=1) > 1e-3
+    assert changed[here & world.catalog.present("text")].all() and not changed[~here].any()
+    np.testing.assert_allclose(twin.with_catalog(world.catalog).frozen, twin.frozen, atol=1e-4)
     deeper = Unified.from_preset(
         PRESETS["nano"], data=world.interactions, catalog=world.catalog, trainer="cached", whiten=False
     ).tower_features()

@@ -100,6 +100,8 @@ def test_q2_has_cold_items_cold_users_and_their_curves(asked, tmp_path, monkeypa
 
 def test_q3_asks_about_every_further_sense(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "SHARES", (0.0, 0.6))
+    monkeypatch.setitem(rows.FEATURES, "nano", ["towers-0:16"])  # which another catalogue's must follow, for the curves
+    asked = asked | {"tuned": tmp_path / "tuned"}
     first = bench.q3(folder=tmp_path, **asked)
     assert {"Unified", "Unified, image + text", "TwoStage", "TwoStage, image + text"} <= set(first.table().index)
     assert first.value("Oracle without sensor", "all") < first.value("Oracle", "all")

@@ -54,8 +54,9 @@ class FeatureTable:
     """Frozen item features: ``tables`` {modality: (I, D_m)} float32 and ``presence`` (I, M) bool, columns in order.
 
     An absent row is zero whatever was given, and no fit looks at it. ``maps`` are the affine maps that led here from
-    the extractor's output, so that another catalogue's features can follow (``like``). Raises ``DataError`` on shapes
-    that do not fit and on a present row that is not finite.
+    the extractor's output, and ``reader`` makes that output of another catalogue, so that its features can follow
+    (``of``, ``like``); a table that was read from files has no reader. Raises ``DataError`` on shapes that do not fit
+    and on a present row that is not finite.
 
     >>> table = FeatureTable({"image": np.array([[1.0, 2.0], [3.0, 2.0], [9.0, 9.0]])}, np.array([[1], [1], [0]], bool))
     >>> table.standardise(fit_on=np.ones(3, bool)).tables["image"].tolist()
@@ -65,6 +66,7 @@ class FeatureTable:
     tables: Mapping[str, np.ndarray]
     presence: np.ndarray
     maps: Mapping[str, Affine] = field(default_factory=dict)
+    reader: Callable[[Catalog], FeatureTable] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         presence = np.array(self.presence, dtype=bool)
@@ -106,7 +108,10 @@ class FeatureTable:
         if not found:
             raise DataError(f"{catalog.name}: it has no modality, so there are no features to read")
         order = [m for m in catalog.modalities if m in found]
-        return cls({m: found[m][0] for m in order}, np.stack([found[m][1] for m in order], axis=1))
+        presence = np.stack([found[m][1] for m in order], axis=1)
+        return cls(
+            {m: found[m][0] for m in order}, presence, reader=lambda other: cls.from_catalog(other, fit_on=fit_on)
+        )
 
     @classmethod
     def extracted(
@@ -130,7 +135,12 @@ class FeatureTable:
                 table = np.zeros((len(catalog), rows.shape[1]), dtype=np.float32)
                 table[present] = rows
             found[extractor.modality] = (table, present)
-        return cls({m: t for m, (t, _) in found.items()}, np.stack([p for _, p in found.values()], axis=1))
+        presence = np.stack([p for _, p in found.values()], axis=1)
+
+        def again(other: Catalog) -> FeatureTable:
+            return cls.extracted(other, extractors, store=store, batch=batch)
+
+        return cls({m: t for m, (t, _) in found.items()}, presence, reader=again)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -162,8 +172,9 @@ class FeatureTable:
         if missing:
             raise DataError(f"features of {missing} are missing; these are {list(self.modalities)}")
         columns = [self.modalities.index(m) for m in modalities]
-        maps = {m: self.maps[m] for m in modalities if m in self.maps}
-        return FeatureTable({m: self.tables[m] for m in modalities}, self.presence[:, columns], maps)
+        maps, whole = {m: self.maps[m] for m in modalities if m in self.maps}, self.reader
+        reader = None if whole is None else lambda catalog: whole(catalog).only(modalities)
+        return FeatureTable({m: self.tables[m] for m in modalities}, self.presence[:, columns], maps, reader)
 
     def beside(self, other: FeatureTable) -> FeatureTable:
         """These modalities and, after them, another table's. Raises ``DataError`` where both have one of a name."""
@@ -171,7 +182,9 @@ class FeatureTable:
         if twice or len(self) != len(other):
             raise DataError(f"tables of {len(self)} and {len(other)} items, both with {twice}: rename or leave one out")
         presence = np.concatenate([self.presence, other.presence], axis=1)
-        return FeatureTable({**self.tables, **other.tables}, presence, {**self.maps, **other.maps})
+        first, second = self.reader, other.reader
+        both = None if first is None or second is None else lambda catalog: first(catalog).beside(second(catalog))
+        return FeatureTable({**self.tables, **other.tables}, presence, {**self.maps, **other.maps}, both)
 
     # -- maps fitted on train items ---------------------------------------------------------------------------------
 
@@ -206,6 +219,23 @@ class FeatureTable:
 
         return self._fitted(fit, fit_on)
 
+    def of(self, catalog: Catalog, *, fit_on: np.ndarray | None = None) -> FeatureTable:
+        """The same features of another catalogue: read anew, and through the maps fitted here.
+
+        Without a ``reader`` they are ``from_catalog``'s (``fit_on`` as there). Raises ``DataError`` where these do not
+        bring every modality.
+        """
+        if self.reader is not None:
+            return self.reader(catalog).like(self)
+        raw = FeatureTable.from_catalog(catalog, fit_on=fit_on)
+        unknown = [m for m in self.modalities if m not in raw.tables]
+        if unknown:
+            raise DataError(
+                f"features {unknown} were given and not read from a catalogue, so nothing says what they are in "
+                f"{catalog.name}: build a model on that catalogue's features"
+            )
+        return raw.like(self)
+
     def like(self, fitted: FeatureTable) -> FeatureTable:
         """These raw features through the maps that made ``fitted``: nothing is fitted again. Raises ``DataError`` when
         a modality is missing or its width is another."""
@@ -219,7 +249,7 @@ class FeatureTable:
                 raise DataError(f"features {m!r} have {table.shape[1]} columns, expected {fitted.widths[m]}")
             tables[m] = table
             columns.append(self.presence[:, self.modalities.index(m)])
-        return FeatureTable(tables, np.stack(columns, axis=1), fitted.maps)
+        return FeatureTable(tables, np.stack(columns, axis=1), fitted.maps, fitted.reader)
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -299,7 +329,7 @@ class FeatureTable:
             step = fit(rows)
             tables[m] = step(table)
             maps[m] = self.maps[m].then(step) if m in self.maps else step
-        return FeatureTable(tables, self.presence, maps)
+        return FeatureTable(tables, self.presence, maps, self.reader)
 
 
 def _principal(centred: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -59,15 +59,14 @@ class ReadsFeatures(Recommender):
         self.same = torch.from_numpy(np.unique(described, axis=0, return_inverse=True)[1].reshape(-1))
 
     def with_catalog(self, catalog: Catalog) -> Self:
-        """The same weights reading another catalogue of the same items, through the maps fitted at building."""
+        """The same weights reading another catalogue of the same items (``FeatureTable.of``)."""
         if catalog.item_ids != self.train_data.item_ids:
             raise DataError(
                 f"{type(self).__name__}.with_catalog: the catalogue's items are not those of the training events"
             )
-        table = FeatureTable.from_catalog(catalog, fit_on=self.train_data.item_counts > 0)
         other = copy.copy(self)  # it shares parameters, not the features
         other._buffers = dict(self._buffers)
-        other._use(table.like(self.features))
+        other._use(self.features.of(catalog, fit_on=self.train_data.item_counts > 0))
         return other.to(self.device)
 
     def provenance(self) -> dict[str, Any]:

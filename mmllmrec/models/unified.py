@@ -350,6 +350,11 @@ class Unified(Hybrid):
         lora = [p for t in (bone.vision, bone.language) for n, p in t.named_parameters() if "lora_" in n]
         return [*lora, *bone.resampler.parameters(), bone.read]
 
+    @property
+    def _written(self) -> int:
+        """How often what trains in the towers was written to."""
+        return sum(p._version for p in self._moving)
+
     def content(self, index: Tensor) -> Content:
         """What the backbone makes of some items, (C,)."""
         index = index.cpu()
@@ -361,10 +366,9 @@ class Unified(Hybrid):
         computed once (``Backbone.towers``), and not of what a run that is resumed cannot know. None where they move."""
         if not self.training or any(p.requires_grad for p in self._moving):
             return None
-        version = sum(p._version for p in self._moving)  # of a tensor: how often it was written to
-        if self.stood is None or self.stood[0] != version:
+        if self.stood is None or self.stood[0] != self._written:
             with self.evaluating():
-                self.stood = version, self._of_all(self.backbone.towers)
+                self.stood = self._written, self._of_all(self.backbone.towers)
         found = {}
         for kind, (rows, here) in self.stood[1].items():
             present = here[index]
@@ -387,7 +391,6 @@ class Unified(Hybrid):
             whole[kind] = scattered(torch.cat([p[0] for p in both]), here), here
         return whole
 
-    @torch.no_grad()
     def tower_features(self, *, keep: int = KEEP) -> FeatureTable:
         """What the towers say of every item as they are now, as frozen features of other models.
 
@@ -395,8 +398,29 @@ class Unified(Hybrid):
         (of their states at language layer ``enter``, above 0), ``joint`` (the language model's read-out over picture
         and words) and ``tokens`` (the mean of its states), each whitened on train items to ``keep`` columns as before
         the heads; a sense that has no pretrained tower has its descriptors. Before ``fit`` these are the features of
-        the two-stage twin.
+        the two-stage twin. Another catalogue's follow (``FeatureTable.of``) as long as the towers stay as they are.
         """
+        warm, version = self.train_data.item_counts > 0, self._written
+
+        def again(catalog: Catalog) -> FeatureTable:
+            if self._written != version:
+                raise DataError(
+                    "the towers behind these features were trained since: features of another catalogue would be those "
+                    "of other towers; take them of a model that is not trained"
+                )
+            found = self.with_catalog(catalog)._told_by_towers()
+            unseen = {m: np.zeros((len(found), width)) for m, width in own.widths.items() if m not in found.tables}
+            return found.beside(FeatureTable(unseen, np.zeros((len(found), len(unseen)), dtype=bool)))
+
+        own = self._told_by_towers()
+        table = replace(own, reader=again)
+        others = [m for m in self.modalities if m not in ("image", "text")]
+        if others:
+            table = table.beside(FeatureTable.from_catalog(self.catalog, fit_on=warm).only(others))
+        return table.whiten(warm, keep, shrink=SHRINK)
+
+    @torch.no_grad()
+    def _told_by_towers(self) -> FeatureTable:
         with self.evaluating():
             told = self._of_all(self.backbone.states)
         names = {"image": ("image", "patches"), "text": ("text", "context"), JOINT: ("joint", "tokens")}
@@ -408,13 +432,7 @@ class Unified(Hybrid):
                 for name, table in zip(parts, rows.split(widths, dim=1), strict=False):
                     tables[name] = table.numpy()
                     presence.append(here.numpy())
-        warm = self.train_data.item_counts > 0
-        table = FeatureTable(tables, np.stack(presence, axis=1))
-        others = [m for m in self.modalities if m not in ("image", "text")]
-        if others:
-            described = FeatureTable.from_catalog(self.catalog, fit_on=warm)
-            table = table.beside(described.only(others))
-        return table.whiten(warm, keep, shrink=SHRINK)
+        return FeatureTable(tables, np.stack(presence, axis=1))
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
