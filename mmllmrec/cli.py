@@ -549,6 +549,14 @@ EndToEnd = Annotated[
     ),
 ]
 
+Tower = Annotated[
+    str | None,
+    typer.Option(
+        "--vision",
+        help="folder of another image tower, as mmllmrec.training.posters makes it; '{seed}' in it is the split's",
+    ),
+]
+
 
 QUESTIONS = {
     "q1": "Q1, one unified model: does training extraction and encoding together beat extracting first, encoding later?"
@@ -579,12 +587,13 @@ def _question(name: str, about: str) -> None:
         folder: Folder = Path(f"runs/{name}"),
         tuned: Searches = Path("runs/tuned"),
         end_to_end: EndToEnd = False,
+        vision: Tower = None,
     ) -> None:
         from mmllmrec import bench
 
         asked: dict[str, Any] = {"data": data, "path": path, "seeds": seeds, "trials": trials, "minutes": minutes}
         # left out, real data is trained with the cached trainer alone
-        asked |= {"folder": folder, "tuned": tuned, "end_to_end": end_to_end or None}
+        asked |= {"folder": folder, "tuned": tuned, "end_to_end": end_to_end or None, "vision": vision}
         print(getattr(bench, name)(**asked))
 
 

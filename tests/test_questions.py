@@ -8,13 +8,16 @@ import pytest
 
 from mmllmrec import bench
 from mmllmrec.bench import questions, rows
-from mmllmrec.bench.answer import NDCG
+from mmllmrec.bench.answer import NDCG, Column, Layout
+from mmllmrec.bench.ask import Budget, Question, ask
 from mmllmrec.data.atelier import atelier
+from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.protocols import harmonic
 from mmllmrec.evaluation.significance import clustered_bootstrap, over_seeds
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models import Unified
+from mmllmrec.models.unified import PRESETS
 from mmllmrec.runcard import RunCard
 from mmllmrec.seed import generator
 from mmllmrec.training import fit as training
@@ -143,10 +146,40 @@ def test_what_cannot_be_asked(asked, tmp_path, world):
         bench.q1(folder=tmp_path, **(asked | {"seeds": 0}))
     split = questions.cold_items(world, 0)
     with pytest.raises(DataError, match="features='pixels'"):
-        rows.two_stage_features(split, "pixels", "nano")
-    assert max(rows.two_stage_features(split, "descriptors:7", "nano").widths.values()) == 7
+        rows.two_stage_features(split, "pixels", PRESETS["nano"])
+    assert max(rows.two_stage_features(split, "descriptors:7", PRESETS["nano"]).widths.values()) == 7
     with pytest.raises(DataError, match="no further sense"):
         bench.q3(folder=tmp_path, **(asked | {"data": atelier(n_items=31, n_users=17, modalities=("text",))}))
+
+
+def test_an_image_tower_must_not_have_seen_what_is_new(world, tmp_path):
+    asked = rows.setup(world, vision=tmp_path / "seed{seed}")
+    assert asked.hybrid["space"]["vision"] == [str(tmp_path / "seed{seed}")]
+    assert asked.towers(None, "") is PRESETS["nano"]
+    for seed in (0, 1):
+        made = questions.cold_items(world, 0)
+        RunCard("pretrain", "posters", 0, split=made.describe()).save(tmp_path / f"seed{seed}" / "card.json")
+    split, users = questions.cold_items(world, 0), questions.splits.cold_both(world, seed=0)
+    for one in (split, users):  # which hold out the same items
+        assert asked.towers(one, asked.vision).vision == str(tmp_path / "seed0")
+    with pytest.raises(DataError, match="seed1' was trained on cold_items of seed 0, and saw"):
+        asked.towers(questions.cold_items(world, 1), asked.vision)
+
+
+def test_recorded_tastes_are_searched_from_two_sides(world, tmp_path, monkeypatch):
+    recorded_data = RecDataset("recorded", world.interactions, world.catalog)
+    asked = rows.Setup(recorded_data, "nano", "cached")
+    planted, recorded = rows.two_stage_row(rows.setup(world)), rows.two_stage_row(asked)
+    assert len(planted.starts) == 1 and "mix" not in planted.space
+    assert [s["mix"] for s in recorded.starts] == [10.0, 40.0] and recorded.space["fit.epochs"] == [20, 40]
+    # both are tried before anything is drawn, with the first kind of features
+    monkeypatch.setitem(rows.FEATURES, "nano", ["descriptors:8", "towers-0:8"])
+    layout = Layout({NDCG: [Column("warm", "warm")]})
+    question = Question("q", "Q:", [rows.two_stage_row(asked)], layout, questions.cold_items, first="TwoStage")
+    ask(question, asked, seeds=1, budget=Budget(2, None, tmp_path / "tuned"), folder=tmp_path, quick=1)
+    card = RunCard.load(tmp_path / "tuned" / recorded_data.name / "TwoStage" / "card.json")
+    tried = [(t["mix"], t["features"]) for t in card.settings["table"]]
+    assert tried == [(10.0, "descriptors:8"), (40.0, "descriptors:8"), (10.0, "towers-0:8")]
 
 
 def test_changed_features_are_the_same_or_as_wide_where_there_were_some():

@@ -87,6 +87,7 @@ def ask(
     tuned = fits.tuned
     command = f"mmllmrec bench {question.name} --data {asked.data.name} --seeds {seeds} --trials {budget.trials}"
     command += f" --minutes {budget.minutes:g}" if budget.minutes is not None else ""
+    command += f" --vision {asked.vision}" if asked.vision else ""
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
@@ -222,15 +223,24 @@ def _search(fits: _Fits, quick: int | None, bar: Any) -> None:
         first = {name: fitted(name) for name in row.after}
         option, values = row.choices or ("", ())
 
+        # every choice at the first start, and every other start with the first choice
+        chosen = [{option: v} for v in values] or [{}]
+        starts = [{**start, **chosen[0]} for start in row.starts]
+        starts += [{**row.starts[0], **choice} for choice in chosen[1:]]
+        space, settings = row.space | ({option: list(values)} if values else {}), row.settings | room
+        if quick:
+            space, settings = {k: v for k, v in space.items() if k != "fit.epochs"}, settings | {"epochs": quick}
+            starts = [{k: v for k, v in start.items() if k in space} for start in starts]
+
         def build(split: Split, row: Row = row, first: Any = first, **options: Any) -> Any:
             return row.build(split, first, **options)
 
         fits.tuned[row.search] = tune(
             build,
             split,
-            space=row.space | ({option: list(values)} if values else {}),
-            settings=row.settings | room | ({"epochs": quick} if quick else {}),
-            start=[row.start | {option: v} for v in values] if values else row.start,
+            space=space,
+            settings=settings,
+            start=starts,
             trials=budget.trials + max(len(values) - 1, 0),
             minutes=budget.minutes,
             folder=budget.folder / fits.data.name / row.search,

@@ -55,8 +55,7 @@ def movielens(
     data = asked.data
     entries = [entry(s, preset=asked.preset, trainer=asked.trainer) for s in systems]
     if entries[-1].name == "Unified":
-        settings = entries[-1].settings | asked.unified
-        entries[-1] = replace(entries[-1], settings=settings, controls=("shuffled image", "shuffled text"))
+        entries[-1] = replace(entries[-1], controls=("shuffled image", "shuffled text"))
 
     def one(kind: str) -> Summary:
         place = Path(folder) / kind

@@ -3,8 +3,9 @@
 All take the data (a name, or a ``RecDataset``) and ``path`` of its folder; ``seeds``; the budget of every search,
 ``trials`` and ``minutes``; ``folder``, where the answer, its cards and checkpoints go; ``tuned``, where searches are
 kept and shared; ``end_to_end``, the trainer of Unified: left out, the first question trains it end to end on planted
-worlds and everything else has the cached trainer (``rows.setup``). A question that was cut off goes on, and one that
-was answered is read.
+worlds and everything else has the cached trainer (``rows.setup``); ``vision``, the folder of another image tower, with
+``{seed}`` in it where it is another for each split. A question that was cut off goes on, and one that was answered is
+read.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ def _asked(make: Callable[[Setup], Question]) -> Callable[..., Answer]:
         folder: Folder = f"runs/{name}",
         tuned: Folder = TUNED,
         end_to_end: bool | None = None,
+        vision: Folder | None = None,
         quick: int | None = None,
     ) -> Answer:
-        asked = setup(data, path, end_to_end=end_to_end, whole=name == "q1")
+        asked = setup(data, path, end_to_end=end_to_end, whole=name == "q1", vision=vision)
         budget = Budget(trials, minutes, Path(tuned))
         return ask(make(asked), asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
 
@@ -115,7 +117,7 @@ def q1(asked: Setup) -> Question:
         Claim("Unified", SOFTMAXED, "warm"),
     ]
     if _planted(asked):
-        rows += [twin_row(), twin_row(present=True)]
+        rows += [twin_row(asked), twin_row(asked, present=True)]
         claims += [Claim("Unified", twin, row, share=True) for twin in (TWIN, TWIN_PRESENT) for row in ("warm", "cold")]
     return Question(
         "q1",
@@ -280,7 +282,7 @@ def q4(asked: Setup) -> Question:
     knocked = [f"{kind} {m}" for m in late for kind in KNOCKED]
     tables = {NDCG: [Column(row, row) for row in ("all", "warm", "cold")] + (OF_ORACLE if planted else [])}
     if planted:
-        rows.append(twin_row())
+        rows.append(twin_row(asked))
         shares = [Column(name, "cold", f"recovery, {name}", digits=2) for name in RECOVERED]
         tables["recovery on cold items, share of the factor-fed twin's"] = shares
     tables[f"{NDCG} on all, knocked out at test"] = [Column(name, name) for name in knocked]

@@ -5,15 +5,18 @@ Legend: I items, D width.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmllmrec.bench.run import SOFTMAX
+from mmllmrec.data import splits
 from mmllmrec.data.atelier.world import Atelier
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.dataset import RecDataset, load_dataset
@@ -23,9 +26,11 @@ from mmllmrec.encoders.heads import SHRINK
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.seed import generator
 
+if TYPE_CHECKING:
+    from mmllmrec.models.unified import Preset
+
 DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k")
 TWIN, TWIN_PRESENT = "Factor-fed twin", "Factor-fed twin, of present content"
-LARGE = 4000  # items
 COLD_COST = 0.05  # of its ndcg@20 on known items that every system gives for new ones, at least (see ``ask``)
 LR, DECAY = (3e-4, 1e-2, "log"), (0.1, 3.0, "log")
 HYBRID = {"fit.lr": (1e-3, 1e-2, "log"), "reg_user": (5e-3, 0.1, "log"), "reg_item": (0.5, 8.0, "log")}
@@ -39,10 +44,12 @@ SPACES: dict[str, dict[str, Any]] = {
     "CLCRec": {"fit.lr": LR, "fit.weight_decay": DECAY, "weight": [0.1, 0.3, 0.5, 0.7]},
     "DropoutNet": {"fit.lr": LR, "fit.weight_decay": DECAY, "dropout": [0.3, 0.5, 0.7]},
     "ALDI": {"fit.lr": LR, "fit.weight_decay": DECAY, "ranking": [0.3, 0.9]},
-    "TwoStage": HYBRID,
-    TWIN: HYBRID,
-    "Unified": HYBRID,
 }
+# recorded tastes may ask for slower steps, and for users and items that lean on content until they have many events:
+# both ways are tried first
+RECORDED: dict[str, Any] = {"fit.epochs": [20, 40], "id_dropout": [0.1, 0.3, 0.5], "mix": [10.0, 40.0]}
+PUBLISHED = {"reg_user": 0.02, "reg_item": 2.0}
+LEANING = {"fit.lr": 2e-3, "fit.epochs": 40, "id_dropout": 0.5, "mix": 40.0}
 STARTS: dict[str, dict[str, Any]] = {
     "LightGCN": {"layers": 2},
     "VBPR": {"feature_dim": 64},
@@ -51,30 +58,27 @@ STARTS: dict[str, dict[str, Any]] = {
     "CLCRec": {"weight": 0.5},
     "DropoutNet": {"dropout": 0.5},
     "ALDI": {"ranking": 0.9},
-    "TwoStage": {"reg_user": 0.02, "reg_item": 2.0},
-    TWIN: {"reg_user": 0.02, "reg_item": 2.0},
-    "Unified": {"reg_user": 0.02, "reg_item": 2.0},
 }
 # frozen features of the two-stage rows, by the preset of the towers beside them: the twin is to be as good as it gets
 FEATURES = {
     "nano": ["descriptors:64", "descriptors:128", "towers-0:32", "towers-0:48", "towers-1:48", "towers-2:48"],
-    "minilm": ["descriptors:64", "descriptors:128", "towers-0:64", "towers-3:64", "towers-5:64", "towers-5:128"],
+    "minilm": ["towers-0:64", "towers-3:64", "towers-5:64", "towers-5:128", "descriptors:64", "descriptors:128"],
 }
 
 
 @dataclass(frozen=True)
 class Row:
     """A trained line of a table. ``build(split, made, **options)`` makes the model, ``made`` being the runs of the rows
-    before it; ``settings`` are keywords of ``fit``. With a ``space`` its settings are searched, beginning at ``start``,
-    and kept under ``search``; without one it takes what the search of that name found. Of ``choices`` (option, values)
-    all are tried at ``start`` beyond the budget. ``after`` are rows that it is built from."""
+    before it; ``settings`` are keywords of ``fit``. With a ``space`` its settings are searched, first those of
+    ``starts``, and kept under ``search``; without one it takes what the search of that name found. Of ``choices``
+    (option, values) all are tried at the first start, beyond the budget. ``after`` are rows that it is built from."""
 
     name: str
     build: Callable[..., Any]
     settings: dict[str, Any]
     search: str
     space: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
+    starts: tuple[dict[str, Any], ...] = ({},)
     choices: tuple[str, Sequence[Any]] | None = None
     after: tuple[str, ...] = ()
 
@@ -82,16 +86,49 @@ class Row:
 @dataclass(frozen=True)
 class Setup:
     """A question's data, and how the unified model reads it: preset, trainer of the row called Unified, and whether
-    there is a second row with the cached one; ``unified`` are keywords of ``fit`` over its defaults."""
+    there is a second row with the cached one; ``vision`` is the folder of another image tower than the preset's,
+    ``{seed}`` in it the split's."""
 
     data: RecDataset
     preset: str
     trainer: str
-    unified: dict[str, Any]
+    vision: str = ""
 
     @property
     def both(self) -> bool:
         return self.trainer == "end_to_end"
+
+    @property
+    def hybrid(self) -> dict[str, Any]:
+        """What is searched of the unified model and its twins: ``space`` and ``starts`` of a row."""
+        # a choice of one: the settings of a fit say which tower they stand on
+        vision = {"vision": self.vision} if self.vision else {}
+        space: dict[str, Any] = HYBRID | {name: [value] for name, value in vision.items()}
+        published = PUBLISHED | vision
+        if isinstance(self.data, Atelier):
+            return {"space": space, "starts": (published,)}
+        first = {"fit.lr": 5e-3, "fit.epochs": 20, "id_dropout": 0.1, "mix": 10.0}
+        return {"space": space | RECORDED, "starts": (published | first, published | LEANING)}
+
+    def towers(self, split: Split, vision: str) -> Any:
+        """The preset for a split, with ``vision`` in place of its image tower. Raises ``DataError`` where that tower's
+        card says that it was trained on pictures of items that are new in the split."""
+        from mmllmrec.models.unified import PRESETS
+
+        preset = PRESETS[self.preset]
+        if not vision:
+            return preset
+        folder = vision.format(seed=split.settings["seed"])
+        path = os.path.join(folder, "card.json")
+        about = json.loads(Path(path).read_text(encoding="utf-8")).get("split", {}) if os.path.isfile(path) else {}
+        if about.get("data") == split.data.name:
+            own = splits.by_name(about["name"], split.data, seed=about["seed"])
+            if own.hash != about["hash"] or bool((own.warm_items & ~split.warm_items).any()):
+                raise DataError(
+                    f"vision={folder!r} was trained on {about['name']} of seed {about['seed']}, and saw pictures of "
+                    f"items that are new in {split.name} of seed {split.settings['seed']}: train one for this split"
+                )
+        return replace(preset, vision=folder)
 
 
 def setup(
@@ -100,14 +137,14 @@ def setup(
     *,
     end_to_end: bool | None = None,
     whole: bool = True,
+    vision: str | os.PathLike[str] | None = None,
 ) -> Setup:
     """Load a question's data by name, or take it, and choose how Unified reads it.
 
-    Planted worlds: ``nano``; real data: ``minilm``. With more than ``LARGE`` items it is trained for eight epochs in
-    blocks of 256, in place of twenty in blocks of 128. Its trainer is the cached one unless ``end_to_end=True``; where
+    Planted worlds: ``nano``; real data: ``minilm``. Its trainer is the cached one unless ``end_to_end=True``; where
     that is left out, planted worlds are trained end to end if ``whole``. Of Last.fm the words (artist names and tags)
     and ``vggish`` are kept: ``whisper`` is a second account of the same sound, and the MiniLM table one of the same
-    words. Raises ``DataError`` for another name.
+    words. ``vision``: see ``Setup``. Raises ``DataError`` for another name.
     """
     if isinstance(data, str):
         if data not in DATA:
@@ -118,8 +155,8 @@ def setup(
         data = _sound_and_words(found) if data == "lastfm-2k" else found
     planted = isinstance(data, Atelier)
     whole = planted and whole if end_to_end is None else end_to_end
-    settings = {"epochs": 8, "item_batch": 256} if len(data.catalog) > LARGE else {}
-    return Setup(data, "nano" if planted else "minilm", "end_to_end" if whole else "cached", settings)
+    trainer = "end_to_end" if whole else "cached"
+    return Setup(data, "nano" if planted else "minilm", trainer, vision=os.fspath(vision or ""))
 
 
 def _sound_and_words(data: RecDataset) -> RecDataset:
@@ -135,7 +172,7 @@ def _sound_and_words(data: RecDataset) -> RecDataset:
 
 
 def two_stage_features(
-    split: Split, kind: str, preset: str, *, modalities: tuple[str, ...] | None = None
+    split: Split, kind: str, preset: Preset, *, modalities: tuple[str, ...] | None = None
 ) -> FeatureTable:
     """What a two-stage row reads, extracted beforehand, (I, D_m) a modality, of all modalities or some.
 
@@ -152,9 +189,9 @@ def two_stage_features(
     if layer is None:
         table = FeatureTable.from_catalog(split.catalog, fit_on=warm)
         return (table if modalities is None else table.only(modalities)).whiten(warm, keep, shrink=SHRINK)
-    from mmllmrec.models.unified import PRESETS, Unified
+    from mmllmrec.models.unified import Unified
 
-    chosen = replace(PRESETS[preset], enter=int(layer))
+    chosen = replace(preset, enter=int(layer))
     content: dict[str, Any] = {"data": split.train, "catalog": split.catalog, "modalities": modalities}
     return Unified.from_preset(chosen, **content, whiten=False).tower_features(keep=keep)
 
@@ -201,7 +238,7 @@ def vector_row(kind: str, *, loss: str = "", first: str = "") -> Row:
         return cls(split.train, **content, **options)
 
     after = (first,) if first else ()
-    return Row(title, build, SOFTMAX, title, space=SPACES[kind], start=STARTS.get(kind, {}), after=after)
+    return Row(title, build, SOFTMAX, title, space=SPACES[kind], starts=(STARTS.get(kind, {}),), after=after)
 
 
 REFERENCE = vector_row("LightGCN", loss="softmax")  # what knows IDs alone
@@ -227,23 +264,23 @@ def two_stage_row(
 ) -> Row:
     """The two-stage twin; under another name with some modalities, or with its table changed, and its settings."""
 
-    def build(split: Split, made: Mapping[str, Any], *, features: str = "descriptors:64", **options: Any) -> Any:
+    def build(
+        split: Split, made: Mapping[str, Any], *, features: str = "descriptors:64", vision: str = "", **options: Any
+    ) -> Any:
         from mmllmrec.models import TwoStage
 
-        table = two_stage_features(split, features, asked.preset, modalities=modalities)
+        table = two_stage_features(split, features, asked.towers(split, vision), modalities=modalities)
         senses = [m for m in split.catalog.modalities if m not in ("image", "text")]
         early = tuple(m for m in table.modalities if m not in senses) or None  # as the unified model's heads read
         return TwoStage(split.train, features=change(table, split) if change else table, early=early, **options)
 
     from mmllmrec.models import TwoStage
 
-    own = name == "TwoStage"
-    tuned: dict[str, Any] = {"space": SPACES["TwoStage"], "start": STARTS["TwoStage"]} if own else {}
-    tuned |= {"choices": ("features", FEATURES[asked.preset])} if own else {}
+    tuned = asked.hybrid | {"choices": ("features", FEATURES[asked.preset])} if name == "TwoStage" else {}
     return Row(name, build, TwoStage.fit_defaults, search="TwoStage", **tuned)
 
 
-def twin_row(*, present: bool = False) -> Row:
+def twin_row(asked: Setup, *, present: bool = False) -> Row:
     """The two-stage model fed the true factors and their cross: the ceiling of perception on a planted world; with
     ``present`` those alone that an item's content shows, for one whose picture is missing shows none."""
 
@@ -264,7 +301,7 @@ def twin_row(*, present: bool = False) -> Row:
 
     if present:
         return Row(TWIN_PRESENT, build, TwoStage.fit_defaults, search=TWIN)
-    return Row(TWIN, build, TwoStage.fit_defaults, search=TWIN, space=SPACES[TWIN], start=STARTS[TWIN])
+    return Row(TWIN, build, TwoStage.fit_defaults, search=TWIN, **asked.hybrid)
 
 
 def unified_row(asked: Setup, name: str = "Unified", *, trainer: str = "", searched: bool = False, **fixed: Any) -> Row:
@@ -272,14 +309,13 @@ def unified_row(asked: Setup, name: str = "Unified", *, trainer: str = "", searc
     other than the setup's, and ``searched`` with a search of its own."""
     chosen = trainer or asked.trainer
 
-    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
+    def build(split: Split, made: Mapping[str, Any], *, vision: str = "", **options: Any) -> Any:
         from mmllmrec.models import Unified
 
         content: dict[str, Any] = {"data": split.train, "catalog": split.catalog, "trainer": chosen}
-        return Unified.from_preset(asked.preset, **content, **options, **fixed)
+        return Unified.from_preset(asked.towers(split, vision), **content, **(options | fixed))
 
     from mmllmrec.models import Unified
 
-    own = name == "Unified" or searched
-    tuned: dict[str, Any] = {"space": SPACES["Unified"], "start": STARTS["Unified"]} if own else {}
-    return Row(name, build, Unified.settings(chosen) | asked.unified, search=f"Unified, {chosen}", **tuned)
+    tuned = asked.hybrid if name == "Unified" or searched else {}
+    return Row(name, build, Unified.settings(chosen), search=f"Unified, {chosen}", **tuned)
