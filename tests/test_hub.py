@@ -104,7 +104,7 @@ def test_a_classical_model_goes_up_too(hub):
         model.push_to_hub("bpr", card=card_of(model))
 
 
-@pytest.mark.parametrize("name", ["atelier-q1", "atelier-q2", "atelier-q4"])
+@pytest.mark.parametrize("name", ["atelier-q1", "atelier-q2", "atelier-q3", "atelier-q4"])
 def test_the_adapters_behind_the_tables_fit_their_base(name):
     folder = Path(__file__).parent.parent / "adapters" / name
     world = atelier(n_items=31, n_users=17, n_events=200, size=8)
