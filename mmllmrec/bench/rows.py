@@ -93,6 +93,7 @@ class Setup:
     preset: str
     trainer: str
     vision: str = ""
+    tables: dict[Any, FeatureTable] = field(default_factory=dict, repr=False, compare=False)  # of the split at hand
 
     @property
     def both(self) -> bool:
@@ -269,7 +270,12 @@ def two_stage_row(
     ) -> Any:
         from mmllmrec.models import TwoStage
 
-        table = two_stage_features(split, features, asked.towers(split, vision), modalities=modalities)
+        key = split.hash, features, vision, modalities
+        if key not in asked.tables:  # every trial of a search reads one of a few
+            if any(k[0] != split.hash for k in asked.tables):
+                asked.tables.clear()
+            asked.tables[key] = two_stage_features(split, features, asked.towers(split, vision), modalities=modalities)
+        table = asked.tables[key]
         senses = [m for m in split.catalog.modalities if m not in ("image", "text")]
         early = tuple(m for m in table.modalities if m not in senses) or None  # as the unified model's heads read
         return TwoStage(split.train, features=change(table, split) if change else table, early=early, **options)
