@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.encoders.backbone import JOINT, PAD, Backbone, Items, Told, scattered, tokenise, word_means, worded
+from mmllmrec.encoders.backbone import JOINT, Backbone, Items, Told, scattered, tokenise, word_means, worded
+from mmllmrec.encoders.frozen import Frozen
 from mmllmrec.encoders.heads import EARLY, KEEP, SHRINK, Content
 from mmllmrec.features import adapters
 from mmllmrec.features.audio import AudioEncoder, FeatureEncoder
-from mmllmrec.features.extractor import source_name
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.features.sensor import SensorEncoder
 from mmllmrec.features.store import Store
@@ -244,70 +244,17 @@ class Unified(Hybrid):
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
         before: Items | None = getattr(self, "items", None)
         self.items = Items(tokens, words, raw, present, word_means(self._language, known))
-        self.items.states, self.items.seen = self._frozen(self.items, before)
+        frozen = Frozen(
+            self.backbone, self._vision, self._language, (self.preset.vision, self.preset.language), self.store
+        )
+        self.items.states = frozen.states(self.items, before, device=self.device)
+        self.items.seen = frozen.seen(self.items, before, device=self.device) if has_pixels else None
         looks: dict[Any, int] = {}
         shown = [pixels.reshape(len(pixels), -1), *(raw[m].numpy() for m in self.backbone.senses)]
         same = [
             looks.setdefault((f["title"], f["text"], *(s[i].tobytes() for s in shown)), i) for i, f in enumerate(fields)
         ]
         self.same = torch.tensor(same)
-
-    def _frozen(self, items: Items, before: Items | None) -> tuple[Tensor | None, Tensor | None]:
-        """What the frozen layers say of items, computed once; taken over from ``before`` where nothing changed."""
-        states = seen = None
-        with torch.no_grad():
-            if self.preset.enter:
-                if before is not None and torch.equal(items.tokens, before.tokens):
-                    states = before.states
-                else:
-                    lengths = (items.tokens != PAD).sum(dim=1)
-                    name = source_name(self.preset.language, "below", self.preset.enter)
-                    space = content_hash("below", self._language.hash, self.preset.enter)
-                    states = self._kept(name, space, "text", self.backbone.below, items.tokens, lengths)
-            if self.preset.look and "image" in self.modalities:
-                pixels = items.raw["image"]
-                if before is not None and torch.equal(pixels, before.raw["image"]):
-                    seen = before.seen
-                else:
-                    name = source_name(self.preset.vision, "below", self.preset.look)
-                    seen_by = (self._vision.hash, self.preset.look, self._vision.mean, self._vision.std)
-                    space = content_hash("below", *seen_by)
-                    seen = self._kept(name, space, "image", self.backbone.seen, pixels, items.present["image"].long())
-        return states, seen
-
-    def _kept(
-        self,
-        name: str,
-        space: str,
-        modality: str,
-        run: Callable[[Tensor], Tensor],
-        rows: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
-        """``run`` on rows (I, ...), in blocks, -> (I, N, W); with a store, only on those that it does not have.
-
-        ``space`` is the hash of the layers. A key is the hash of a row as they read it: token ids are what prompt,
-        tokenizer and words came to, pixels what a picture was cut to. ``lengths`` (I,) says how many tokens of a row
-        are no padding, which is not kept; of a picture 1 or, where there is none, 0.
-        """
-        if self.store is None:
-            return torch.cat([run(block.to(self.device)).cpu() for block in rows.split(256)])
-        here = lengths.nonzero()[:, 0]
-        ends = [int(n) if modality == "text" else None for n in lengths[here]]
-        own = [rows[i, :end] if modality == "text" else rows[i] for i, end in zip(here, ends, strict=True)]
-
-        def compute(positions: list[int]) -> list[np.ndarray]:
-            found = run(rows[here[positions]].to(self.device)).cpu().numpy()
-            return [states[: ends[p]] for states, p in zip(found, positions, strict=True)]
-
-        about = {"name": name, "modality": modality}
-        keys = [content_hash(part.numpy()) for part in own]
-        kept = self.store.get_or_compute(keys, compute, space=space, about=about, batch=256)
-        tokens = rows.shape[1] if modality == "text" else len(kept[0]) if kept else 0
-        table = torch.zeros(len(rows), tokens, kept[0].shape[1] if kept else 0)
-        for i, states in zip(here.tolist(), kept, strict=True):
-            table[i, : len(states)] = torch.from_numpy(states)
-        return table
 
     def with_catalog(self, catalog: Catalog) -> Unified:
         """This model, same weights, reading another catalogue of the same items (controls)."""
