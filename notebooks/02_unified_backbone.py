@@ -262,8 +262,9 @@ print(f"largest difference of a score, saved against loaded: {difference:.1e}")
 # validation within one budget, is `mmllmrec bench q1`:
 
 # %%
-card = Path("notebooks/cards/q1/table.txt")
-print(card.read_text(encoding="utf-8") if card.is_file() else "not measured yet")
+for folder in ("notebooks/cards/q1", "notebooks/cards/q1-lastfm"):
+    card = Path(folder) / "table.txt"
+    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
 
 # %% [markdown]
 # **What it means.** A model of IDs cannot tell new items apart, and both models that look and read can. The line

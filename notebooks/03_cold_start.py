@@ -228,8 +228,9 @@ dropped.compare("Unified", row="cold").round(4)
 # The measurement, on the test part and with every row's settings searched within one budget, is `mmllmrec bench q2`:
 
 # %%
-card = Path("notebooks/cards/q2/table.txt")
-print(card.read_text(encoding="utf-8") if card.is_file() else "not measured yet")
+for folder in ("notebooks/cards/q2", "notebooks/cards/q2-lastfm", "notebooks/cards/q2-movielens"):
+    card = Path(folder) / "table.txt"
+    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
 
 # %% [markdown]
 # **What it means.** A new item is not empty-handed: how it looks and reads tells which users will like it before anyone

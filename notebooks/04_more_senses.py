@@ -211,8 +211,9 @@ holes
 # The measurement, on the test part, with each sense by itself and the two-stage twins beside, is `mmllmrec bench q3`:
 
 # %%
-card = Path("notebooks/cards/q3/table.txt")
-print(card.read_text(encoding="utf-8") if card.is_file() else "not measured yet")
+for folder in ("notebooks/cards/q3", "notebooks/cards/q3-lastfm"):
+    card = Path(folder) / "table.txt"
+    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
 
 # %% [markdown]
 # **What it means.** A chime or a scent enters as one more soft token and one more late path, and an encoder of a few
