@@ -69,6 +69,19 @@ def test_a_history_is_a_set_and_padding_is_nothing():
         tower(tokens, present[:, :3], tokens.sum(1), present.sum(1).float(), moments)
 
 
+def test_a_settled_model_reads_its_items_once(model, monkeypatch):
+    known = model.train_data.union(events_of(model, [(3, 1), (3, 4)]))
+    want, plain = model.with_history(known).embed(), model.embed()
+    still = model.settled()
+    monkeypatch.setattr(type(model), "content", lambda *anything: pytest.fail("read again"))
+    for found, wanted in ((still.with_history(known).embed(), want), (still.embed(), plain)):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+    monkeypatch.undo()
+    still._use(model.features)  # other features are read, and the model itself goes on following its weights
+    assert still.said is None and model.said is None
+
+
 def test_a_new_user_is_what_its_events_say(model):
     """User 3 has no training event; given some, its vector is the tower's, computed from scratch."""
     known = events_of(model, [(3, 1), (3, 4)])

@@ -165,6 +165,8 @@ def test_knocked_out_content_changes_only_what_read_it(model):
     moved = (whole - blind).abs().max(1).values > 1e-6
     assert moved.tolist() == [n not in (2, 6) for n in range(model.n_items)]
     torch.testing.assert_close(model.embed()[1], whole, atol=0, rtol=0)
+    still = model.settled().with_catalog(model.catalog.without("image"))
+    torch.testing.assert_close(still.embed()[1], blind, atol=0, rtol=0)
 
 
 def test_a_user_without_events_likes_what_is_popular(model):

@@ -201,6 +201,8 @@ def _walk(
     for system in systems:
         scorer = scorer_of(system)
         adapts = hasattr(scorer, follows)
+        if follows == "with_history" and hasattr(scorer, "settled"):
+            scorer = scorer.settled()
         values = np.zeros(0)
         for place in places:
             if adapts or not len(values):

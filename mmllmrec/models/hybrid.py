@@ -132,6 +132,7 @@ class Hybrid(Recommender):
         self.shared = nn.ModuleDict({p: nn.Linear(dim, dim, bias=False) for p in late if cross_weight})
         self.align = nn.Linear(dim, dim, bias=False) if collaborative_weight else None
         self.history: Interactions | None = None
+        self.said: Tensor | None = None
         self.same: Tensor | None = None
         self.register_buffer("item_present", torch.from_numpy(train.item_counts > 0), persistent=False)
         self.register_buffer("user_count", torch.from_numpy(train.user_counts).float(), persistent=False)
@@ -170,8 +171,18 @@ class Hybrid(Recommender):
         offset = 0.0 if self.training else self.cold_offset
         return torch.where(present, self.bias[index], self.absent_bias + offset)
 
+    def settled(self) -> Self:
+        """A copy that reads its items now and never again: for many histories of one catalogue (``with_history``). It
+        does not follow training."""
+        other = copy.copy(self)
+        with self.evaluating():
+            other.said = self.all_content()
+        return other
+
     def all_content(self) -> Tensor:
         """Content of every item, (I, D) of unit length, in blocks."""
+        if self.said is not None:
+            return self.said
         blocks = torch.arange(self.n_items, device=self.device).split(512)
         return torch.cat([unit(self.content(b).fused) for b in blocks])
 
@@ -267,7 +278,7 @@ class Hybrid(Recommender):
         other = copy.copy(self)
         other._modules, other._parameters = dict(self._modules), dict(self._parameters)
         other._buffers = dict(self._buffers)
-        other.train_data, other.n_items, other.history = train, train.n_items, None
+        other.train_data, other.n_items, other.history, other.said = train, train.n_items, None, None
         more = train.n_items - self.n_items
 
         def padded(x: Tensor) -> Tensor:

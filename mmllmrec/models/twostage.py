@@ -49,6 +49,10 @@ class TwoStage(ReadsFeatures, Hybrid):
         self._read(catalog, features, feature_dim)
         self.heads = Heads(self.features.widths, dim, paths=paths, fusion=fusion, early=early)
 
+    def _use(self, features: FeatureTable) -> None:
+        super()._use(features)
+        self.said = None
+
     def content(self, index: Tensor) -> Content:
         rows = self.described[index]
         here = (rows[:, self.width :] > 0.5).unbind(dim=1)

@@ -259,7 +259,7 @@ class Unified(Hybrid):
     def with_catalog(self, catalog: Catalog) -> Unified:
         """This model, same weights, reading another catalogue of the same items (controls)."""
         other = copy.copy(self)
-        other.catalog = catalog
+        other.catalog, other.said = catalog, None
         other._read(catalog)
         return other
 
