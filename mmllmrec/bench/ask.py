@@ -222,7 +222,6 @@ def _search(fits: _Fits, quick: int | None, bar: Any) -> None:
         bar.set_description(f"tune {row.search}")
         first = {name: fitted(name) for name in row.after}
         option, values = row.choices or ("", ())
-
         # every choice at the first start, and every other start with the first choice
         chosen = [{option: v} for v in values] or [{}]
         starts = [{**start, **chosen[0]} for start in row.starts]

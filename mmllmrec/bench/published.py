@@ -49,7 +49,7 @@ def movielens(
 ) -> list[Summary]:
     """Real posters and words, random-per-user and cold-items splits; Unified reads with ``minilm``.
 
-    ``kinds`` limits the splits. MiniLM is large for two cores: the cached trainer, eight epochs, blocks of 256 items.
+    ``kinds`` limits the splits. MiniLM is large for two cores: the cached trainer, with its own settings.
     """
     asked = setup("movielens-small", path)
     data = asked.data

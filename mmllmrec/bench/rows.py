@@ -5,7 +5,6 @@ Legend: I items, D width.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
 from mmllmrec.encoders.heads import SHRINK
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.runcard import RunCard
 from mmllmrec.seed import generator
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class Setup:
         if not vision:
             return preset
         folder = vision.format(seed=split.settings["seed"])
-        path = os.path.join(folder, "card.json")
-        about = json.loads(Path(path).read_text(encoding="utf-8")).get("split", {}) if os.path.isfile(path) else {}
+        path = Path(folder) / "card.json"
+        about = RunCard.load(path).split if path.is_file() else {}
         if about.get("data") == split.data.name:
             own = splits.by_name(about["name"], split.data, seed=about["seed"])
             if own.hash != about["hash"] or bool((own.warm_items & ~split.warm_items).any()):
