@@ -8,7 +8,7 @@ from mmllmrec.bench.run import SOFTMAX
 from mmllmrec.data import splits
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
-from mmllmrec.evaluation.calibration import cold_room, known_score, lifted
+from mmllmrec.evaluation.calibration import cold_room, known_score, lifted, priced
 from mmllmrec.evaluation.protocols import rankings, validation_score
 from mmllmrec.evaluation.ranking import Frozen
 from mmllmrec.models import VBPR, LightGCN, Recommender
@@ -52,6 +52,19 @@ def test_a_lower_floor_gives_more_room_and_a_higher_one_none(split, scorer):
     room = cold_room(scorer, split, cost=0.1, floor=floor)
     assert room > plain and known(split, scorer, room) >= floor > known(split, scorer, room + 0.02)
     assert cold_room(scorer, split, cost=0.1, floor=0.99) == plain
+
+
+def test_a_scorer_at_a_price_has_the_room_that_it_buys(split, scorer):
+    cheap, dear = (priced(scorer, split, cost=cost) for cost in (0.05, 0.3))
+    new = ~split.warm_items
+    for at, cost in ((cheap, 0.05), (dear, 0.3)):
+        more = (at.users[:5] @ at.items.T - scorer.users[:5] @ scorer.items.T).numpy()
+        np.testing.assert_allclose(more[:, ~new], 0.0, atol=1e-5)
+        np.testing.assert_allclose(more[:, new], cold_room(scorer, split, cost=cost), atol=1e-4)
+    cold = [rankings(at, split, split.valid, seen=split.train.csr, k=20, seed=0)["cold"] for at in (cheap, dear)]
+    less, more = (float(one.per_user("ndcg@20").mean()) for one in cold)
+    assert less < more
+    assert priced(scorer, splits.random_per_user(split.data, seed=0), cost=0.1) is None
 
 
 def test_where_there_is_nothing_to_weigh(split, scorer):

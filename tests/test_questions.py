@@ -98,7 +98,12 @@ def test_q2_has_cold_items_cold_users_and_their_curves(asked, tmp_path, monkeypa
     assert v.loc[("CLCRec", "harmonic mean"), "difference"] == pytest.approx(gap)
     # not the split of q1, and the searches are the same all the same
     assert RunCard.load(tmp_path / "card.json").split["name"] == "cold_both"
-    assert len(answer.plot().axes) == 6
+    assert len(answer.plot().axes) == 7
+    # every system that ranks new items at every price, and what they gain where they cost more
+    by_price = answer.curve("cold items, by their price")
+    assert list(by_price.columns) == list(questions.PRICES) and "LightGCN (softmax)" not in by_price.index
+    assert (by_price.loc["Unified"].diff().dropna() >= 0).all()
+    assert f"ContentKNN, which has no price, gives {answer.value('ContentKNN', 'cold'):.4f}" in answer.told()[-1]
 
 
 def test_q3_asks_about_every_further_sense(asked, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from mmllmrec.bench.run import Named
 from mmllmrec.data.atelier.recovery import FACTORS, recovery
 from mmllmrec.data.atelier.world import Atelier
 from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.calibration import priced
 from mmllmrec.evaluation.controls import KINDS
 from mmllmrec.evaluation.curves import Curve
 from mmllmrec.evaluation.protocols import rankings, seen_matrix
@@ -64,5 +65,28 @@ def knocked_out(split: Split, runs: Mapping[str, Any], controls: Sequence[str], 
         for name, run in runs.items():
             lists = rankings(run.model.with_catalog(changed), split, target, seen=seen, k=20, seed=seed)
             for row, title in (("all", control), ("cold", f"{control}, cold")):
-                found[f"{name} | {title} | {NDCG}"] = [float(lists[row].per_user(NDCG).mean())]
+                found[f"{name} | {title} | {NDCG}"] = [_mean(lists[row])]
     return found
+
+
+def by_price(
+    split: Split, runs: Mapping[str, Any], names: Mapping[float, Mapping[str, str]], *, seed: int
+) -> dict[str, list[float]]:
+    """ndcg@20 at test of each run that ranks new items, these given the room that costs it a share of its own score on
+    known ones (``evaluation.calibration.priced``). ``names`` {share: {row: its name among the metrics}}. Opens the test
+    part once."""
+    seen, target = seen_matrix(split, on="test", mask="train+valid"), split.open_test()
+    found: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        if not run.model.supports_cold_items:
+            continue
+        for cost, titles in names.items():
+            scorer = priced(run.model, split, cost=cost, metric=NDCG, seed=seed)
+            if scorer is not None:
+                lists = rankings(scorer, split, target, seen=seen, k=20, seed=seed)
+                found |= {f"{name} | {title} | {NDCG}": [_mean(lists[row])] for row, title in titles.items()}
+    return found
+
+
+def _mean(found: Any) -> float:
+    return float(found.per_user(NDCG).mean())

@@ -17,7 +17,7 @@ from typing import Any
 
 from mmllmrec.bench.answer import COST, NDCG, Answer, Claim, Column, Layout, Line
 from mmllmrec.bench.ask import VALID, Budget, Question, ask
-from mmllmrec.bench.measures import RECOVERED, knocked_out, named, points, recovered
+from mmllmrec.bench.measures import RECOVERED, by_price, knocked_out, named, points, recovered
 from mmllmrec.bench.rows import (
     TWIN,
     TWIN_PRESENT,
@@ -48,6 +48,7 @@ RANKED = [Column(row, row) for row in ("warm", "cold", "cold only")]
 COSTS = [Column(what, COST, what, digits=0) for what in ("trained parameters", "seconds", "peak MiB")]
 OF_ORACLE = [Column(f"{row}, of oracle", row, of_oracle=True) for row in ("all", "warm", "cold")]
 USER_EVENTS, ITEM_EVENTS = (0, 1, 3, 5), (0, 1, 2, 4)
+PRICES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of a system's own score on known items
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
 KNOCKED = ("without", "noised", "shuffled")
 
@@ -147,7 +148,8 @@ def q2(asked: Setup) -> Question:
     """New items and new users, from content alone or from a handful of events.
 
     ``splits.cold_both``: one model serves the rows of cold items and the curves of cold users and of cold items, k of
-    whose events are known at scoring time. DropoutNet and ALDI stand on the row LightGCN (softmax).
+    whose events are known at scoring time. DropoutNet and ALDI stand on the row LightGCN (softmax). How much new items
+    are worth is a choice: what each system gives at other prices is told beside the one price of the first table.
     """
     first = "LightGCN (softmax)"
     rows = [
@@ -163,13 +165,14 @@ def q2(asked: Setup) -> Question:
     ]
     users = {float(k): f"cold user, {k} events" for k in USER_EVENTS}
     items = {float(k): f"cold item, {k} events" for k in ITEM_EVENTS}
+    priced = {price: {row: f"{row} at {price:.0%}" for row in ("warm", "cold")} for price in PRICES}
 
     def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
         systems = [*named(runs), ContentKNN(split.train, catalog=split.catalog)]
         found: dict[str, list[float]] = {}
         for of, ks, names in (("users", USER_EVENTS, users), ("items", ITEM_EVENTS, items)):
             found |= points(k_shot(systems, split, of=of, ks=ks, on="test", seed=seed), names)
-        return found
+        return found | by_price(split, runs, priced, seed=seed)
 
     return Question(
         "q2",
@@ -180,8 +183,20 @@ def q2(asked: Setup) -> Question:
                 NDCG: [*RANKED, Column(HARMONIC, HARMONIC)],
                 f"{NDCG}, events of a cold user": [Column(f"{k:g}", row) for k, row in users.items()],
                 f"{NDCG}, events of a cold item": [Column(f"{k:g}", row) for k, row in items.items()],
+                f"{NDCG} on cold items, by their price (a share of the system's own score on known ones)": [
+                    Column(f"{price:.0%}", rows["cold"]) for price, rows in priced.items()
+                ],
+                f"{NDCG} on warm items, at that price of cold ones": [
+                    Column(f"{price:.0%}", rows["warm"]) for price, rows in priced.items()
+                ],
             },
-            curves={"cold user": Line("events known", users), "cold item": Line("events known", items)},
+            curves={
+                "cold user": Line("events known", users),
+                "cold item": Line("events known", items),
+                "cold items, by their price": Line(
+                    "share of the score on known items", {price: rows["cold"] for price, rows in priced.items()}
+                ),
+            },
         ),
         lambda data, seed: splits.cold_both(data, seed=seed),
         claims=[
@@ -190,7 +205,19 @@ def q2(asked: Setup) -> Question:
             for other in (*(r.name for r in rows if r.name not in ("Unified", first)), "ContentKNN")
         ],
         more=more,
+        notes=lambda answer: [_unpriced_note(answer, priced)],
     )
+
+
+def _unpriced_note(answer: Answer, priced: Mapping[float, Mapping[str, str]]) -> str:
+    """ContentKNN knows no new items from old ones and so has no price: who gives more on both?"""
+    warm, cold = (answer.value("ContentKNN", row) for row in ("warm", "cold"))
+    note = f"ContentKNN, which has no price, gives {cold:.4f} on cold items and {warm:.4f} on warm ones; Unified gives "
+    for price, rows in priced.items():
+        own, known = answer.value("Unified", rows["cold"]), answer.value("Unified", rows["warm"])
+        if own >= cold:
+            return note + f"{own:.4f} and {known:.4f} at a price of {price:.0%}"
+    return note + f"{own:.4f} and {known:.4f} at a price of {price:.0%}, and no more at a lower one"
 
 
 @_asked

@@ -60,3 +60,13 @@ def cold_room(
         enough = known_score(Frozen(name, *lifted(users, items, new, middle)), split, metric=metric, seed=seed) >= least
         low, high = (middle, high) if enough else (low, middle)
     return low
+
+
+def priced(scorer: Any, split: Split, *, cost: float, metric: str = "ndcg@20", seed: int = 0) -> Frozen | None:
+    """The scorer with as much room for new items as costs it ``cost`` of its own score on known ones at validation, by
+    ``cold_room`` without a floor; None where there is no such room to choose."""
+    offset = cold_room(scorer, split, cost=cost, metric=metric, seed=seed)
+    if offset is None:
+        return None
+    users, items = (x.float().cpu() for x in scorer.embed())
+    return Frozen(name_of(scorer), *lifted(users, items, torch.from_numpy(~split.warm_items), offset))
