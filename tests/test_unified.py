@@ -520,7 +520,7 @@ def test_a_sensors_channels_can_be_missing_at_scoring_time():
 
 
 def test_while_the_towers_wait_their_states_are_computed_once(model, monkeypatch):
-    """In training only, with the same content; anew when an adapter was written to, or another catalogue is read."""
+    """With the same content; anew when an adapter was written to, or another catalogue is read."""
     wake(model)
     model.train()
     index = torch.tensor([3, 0, 7, 5])
@@ -541,9 +541,15 @@ def test_while_the_towers_wait_their_states_are_computed_once(model, monkeypatch
     assert len(calls) == 2 and (changed - still).abs().max() > 1e-3
     model.with_catalog(model.catalog.without("text")).train().content(index)
     assert len(calls) == 3
-    model.eval()
-    model.content(index)
-    assert len(calls) == 3
+
+    # a measurement between two steps reads what is known, and nothing that is not so any more
+    model.requires_grad_(True)
+    with model.evaluating():
+        torch.testing.assert_close(model.content(index).fused, changed, atol=1e-5, rtol=1e-4)
+        assert len(calls) == 3
+        with torch.no_grad():
+            next(iter(lora(model, "lora_B").values())).add_(-1.0)
+        torch.testing.assert_close(model.content(index).fused, still, atol=1e-5, rtol=1e-4)
 
 
 def test_what_waiting_towers_say_is_nothing_of_encoders_that_train(preset):

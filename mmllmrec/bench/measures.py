@@ -18,6 +18,7 @@ from mmllmrec.evaluation.calibration import priced
 from mmllmrec.evaluation.controls import KINDS
 from mmllmrec.evaluation.curves import Curve
 from mmllmrec.evaluation.protocols import rankings, seen_matrix
+from mmllmrec.evaluation.ranking import Frozen
 
 # what is printed of per-factor recovery: a factor, or the mean of those that one modality alone shows
 RECOVERED = {"image-only": ("hue", "pattern"), "text-only": ("material", "occasion"), "XOR": ("interaction",)}
@@ -80,8 +81,9 @@ def by_price(
     for name, run in runs.items():
         if not run.model.supports_cold_items:
             continue
+        once = Frozen(name, *run.model.embed())  # a catalogue is read once, and not at every price
         for cost, titles in names.items():
-            scorer = priced(run.model, split, cost=cost, metric=NDCG, seed=seed)
+            scorer = priced(once, split, cost=cost, metric=NDCG, seed=seed)
             if scorer is not None:
                 lists = rankings(scorer, split, target, seen=seen, k=20, seed=seed)
                 found |= {f"{name} | {title} | {NDCG}": [_mean(lists[row])] for row, title in titles.items()}

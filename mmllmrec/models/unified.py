@@ -309,13 +309,18 @@ class Unified(Hybrid):
         return found
 
     def _standing(self, index: Tensor) -> Told | None:
-        """In training, what the pretrained towers say of some items as long as nothing in them has a gradient: it is
-        computed once (``Backbone.towers``), and not of what a run that is resumed cannot know. None where they move."""
-        if not self.training or any(p.requires_grad for p in self._moving):
+        """What the pretrained towers say of some items as long as nothing in them moves: it is computed once
+        (``Backbone.towers``), and not of what a run that is resumed cannot know. None where they learn, and outside
+        training where it is not known yet, or where further senses have a part in what they say."""
+        known = self.stood is not None and self.stood[0] == self._written
+        if self.training and any(p.requires_grad for p in self._moving):
             return None
-        if self.stood is None or self.stood[0] != self._written:
+        if not self.training and (self.backbone.senses or not known):
+            return None
+        if not known:
             with self.evaluating():
                 self.stood = self._written, self._of_all(self.backbone.towers)
+        assert self.stood is not None
         found = {}
         for kind, (rows, here) in self.stood[1].items():
             present = here[index]
