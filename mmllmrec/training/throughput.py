@@ -82,7 +82,7 @@ def throughput(
             data=f"{planted.name}: {item_batch} of {data.n_items:,} items, {len(batch):,} events of theirs",
             model={b: dict(zip(("preset", "trainer"), BACKBONES[b], strict=True)) for b in backbones},
             settings={"item_batch": item_batch, "repeats": repeats, "threads": threads, "load": round(load, 2)},
-            metrics={f"{name} | {what}": one for (name, what), one in found.items()},
+            metrics={f"{name}, {what}": one for (name, what), one in found.items()},
             seconds=round(time.perf_counter() - began, 3),
         )
         card.save_with(frame.to_string(index=False), folder)
