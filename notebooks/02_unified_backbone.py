@@ -144,9 +144,7 @@ table.style.format({"parameters": "{:,.0f}", "learning rate": "{:g}"})
 # whether the towers train. **LightGCN** stands for knowing who took what and nothing else.
 
 # %%
-features = model.tower_features()  # before fit: the frozen towers
-early = tuple(m for m in features.modalities if m not in backbone.senses)  # as the unified model's heads read
-twin = mm.models.TwoStage(split.train, features=features, early=early)
+twin = model.twin()  # before fit: the frozen towers
 two_stage = mm.fit(twin, split, seed=SEED, progress=False, **{**twin.fit_defaults, **SHORT})
 graph = {"epochs": 150, "lr": 5e-3, "patience": 10, **SHORT}
 lightgcn = mm.fit(mm.models.LightGCN(split.train, dim=64), split, seed=SEED, progress=False, **graph)
@@ -197,7 +195,8 @@ def unit(table):
 
 with run.model.evaluating():
     tuned = run.model.all_content().numpy()
-spaces = {"frozen towers": np.concatenate([features.tables[m] for m in early], axis=1), "trained content": tuned}
+frozen_towers = np.concatenate([twin.features.tables[m] for m in twin.heads.early], axis=1)
+spaces = {"frozen towers": frozen_towers, "trained content": tuned}
 complete = data.catalog.present("image") & data.catalog.present("text")
 warm, new = np.flatnonzero(split.warm_items & complete), np.flatnonzero(~split.warm_items & complete)
 factors = data.factors().assign(xor=lambda f: f.backdrop ^ f.maker)

@@ -84,9 +84,7 @@ def unified(**options):
 
 
 model = unified()
-features = model.tower_features()
-early = tuple(m for m in features.modalities if m not in model.backbone.senses)
-twin = mm.models.TwoStage(split.train, features=features, early=early)
+twin = model.twin()
 two_stage = mm.fit(twin, split, seed=SEED, progress=False, **{**twin.fit_defaults, **SHORT})
 run = mm.fit(model, split, seed=SEED, progress=False, **{**model.fit_defaults, **SHORT})
 neighbours = ContentKNN(split.train, catalog=split.catalog)

@@ -8,7 +8,7 @@ from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
 from mmllmrec.encoders.backbone import JOINT, PAD, READ, word_means, worded
 from mmllmrec.encoders.heads import EARLY, SHRINK, Heads, Whiten
-from mmllmrec.models import TwoStage, Unified
+from mmllmrec.models import Unified
 from mmllmrec.models.unified import PRESETS
 from mmllmrec.seed import seed_everything
 
@@ -137,7 +137,8 @@ def test_a_two_stage_twin_reads_what_the_untrained_towers_say(world, model):
     k = min(one.shape[1], other.shape[1], 12)  # the solvers agree where variances are apart, up to sign
     for n in range(k):
         assert abs(float(torch.corrcoef(torch.stack([one[:, n], other[:, n]]))[0, 1])) > 0.98, n
-    twin = TwoStage(world.interactions, features=table, early=("image", "patches", "text", "joint", "tokens"))
+    twin = model.twin(dim=16)
+    assert twin.features.hash == table.hash and twin.config["dim"] == 16
     assert twin.heads.early == ("image", "patches", "text", "joint", "tokens") and twin.config["early"]
     # what another catalogue lacks is lacking there, and what towers say of both at once is read again
     blind = twin.with_catalog(world.catalog.without("image")).features

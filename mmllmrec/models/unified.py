@@ -31,6 +31,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.features.towers import load_language, load_vision, randomised_language, randomised_vision
 from mmllmrec.models.base import read_tensors
 from mmllmrec.models.hybrid import Hybrid, check_rate
+from mmllmrec.models.twostage import TwoStage
 from mmllmrec.runcard import content_hash
 from mmllmrec.shipped import shipped
 
@@ -370,6 +371,13 @@ class Unified(Hybrid):
         if others:
             table = table.beside(FeatureTable.from_catalog(self.catalog, fit_on=warm).only(others))
         return table.whiten(warm, keep, shrink=SHRINK)
+
+    def twin(self, *, keep: int = KEEP, **options: Any) -> TwoStage:
+        """The two-stage twin: the same heads, IDs and losses over ``tower_features`` as they are now, which is what is
+        left where the towers do not train. Take it before ``fit``; ``options`` go to ``TwoStage``."""
+        features = self.tower_features(keep=keep)
+        early = tuple(m for m in features.modalities if m not in self.backbone.senses)  # as the heads here read
+        return TwoStage(self.train_data, features=features, early=early, **options)
 
     @torch.no_grad()
     def _told_by_towers(self) -> FeatureTable:
