@@ -64,8 +64,6 @@ FEATURES = {
     "nano": ["descriptors:64", "descriptors:128", "towers-0:32", "towers-0:48", "towers-1:48", "towers-2:48"],
     "minilm": ["towers-0:64", "towers-3:64", "towers-5:64", "towers-5:128", "descriptors:64", "descriptors:128"],
 }
-# axes of each state of its towers that the unified model's heads hear, on recorded data, where items are few
-KEEPS = (64, 96, 32)
 
 
 @dataclass(frozen=True)
@@ -317,19 +315,13 @@ def unified_row(asked: Setup, name: str = "Unified", *, trainer: str = "", searc
     other than the setup's, and ``searched`` with a search of its own."""
     chosen = trainer or asked.trainer
 
-    def build(
-        split: Split, made: Mapping[str, Any], *, vision: str = "", keep: int | None = None, **options: Any
-    ) -> Any:
+    def build(split: Split, made: Mapping[str, Any], *, vision: str = "", **options: Any) -> Any:
         from mmllmrec.models import Unified
 
-        preset = asked.towers(split, vision)
-        preset = preset if keep is None else replace(preset, keep=keep)
         content: dict[str, Any] = {"data": split.train, "catalog": split.catalog, "trainer": chosen}
-        return Unified.from_preset(preset, **content, **(options | fixed))
+        return Unified.from_preset(asked.towers(split, vision), **content, **(options | fixed))
 
     from mmllmrec.models import Unified
 
-    tuned: dict[str, Any] = asked.hybrid if name == "Unified" or searched else {}
-    if tuned and not isinstance(asked.data, Atelier):
-        tuned = tuned | {"choices": ("keep", KEEPS)}
+    tuned = asked.hybrid if name == "Unified" or searched else {}
     return Row(name, build, Unified.settings(chosen), search=f"Unified, {chosen}", **tuned)
