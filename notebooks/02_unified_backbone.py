@@ -261,7 +261,7 @@ print(f"largest difference of a score, saved against loaded: {difference:.1e}")
 # validation within one budget, is `mmllmrec bench q1`:
 
 # %%
-for folder in ("notebooks/cards/q1", "notebooks/cards/q1-lastfm"):
+for folder in ("notebooks/cards/q1", "notebooks/cards/q1-atelier-b", "notebooks/cards/q1-lastfm"):
     card = Path(folder) / "table.txt"
     print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
 
