@@ -292,7 +292,9 @@ def test_sound_and_sensors_come_through_the_same_door(preset):
     for m in ("audio", "sensor", "taste"):
         moved = (whole - model.with_catalog(catalog.without(m)).embed()[1]).abs().amax(1) > 1e-6
         assert moved.tolist() == catalog.present(m).tolist(), m
-    assert dead_after_a_step(model) == []
+    # attention to the one token of a table of features is the same whatever is asked: rounding decides
+    alone = {f"backbone.resamplers.taste.attend.{q}_proj_weight" for q in "qk"}
+    assert set(dead_after_a_step(model)) <= alone
 
 
 def test_new_items_are_read_as_old_ones_without_an_event(preset):
@@ -349,7 +351,7 @@ def test_prompt_fields_are_exact():
 
 
 @pytest.mark.slow
-def test_minilm_is_a_real_language_model_and_trains_in_its_upper_layers():
+def test_minilm_is_a_real_language_model_and_trains_in_every_layer():
     train, catalog = tiny_world()
     seed_everything(5)
     model = Unified.from_preset("minilm", data=train, catalog=catalog, dim=16, trainer="cached")
@@ -363,8 +365,9 @@ def test_minilm_is_a_real_language_model_and_trains_in_its_upper_layers():
     model.train()
     sum(model.loss(everything(model)).values()).backward()
     reached = {n.split("layer.")[1][0] for n, p in lora(model).items() if "language" in n and p.grad is not None}
-    assert reached == {"5"}
-    assert model.backbone.resampler.queries.grad.abs().sum() > 0  # the picture comes in above the frozen layers
+    assert reached == set("012345")
+    assert model.backbone.resampler.queries.grad.abs().sum() > 0
+    assert model.fit_defaults["stages"] == {"lora": 0.9} and model.fit_defaults["eval_every"] == 10
 
 
 def test_each_group_has_its_own_learning_rate_and_keeps_it_when_saved(preset, tmp_path):

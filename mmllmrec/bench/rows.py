@@ -324,4 +324,4 @@ def unified_row(asked: Setup, name: str = "Unified", *, trainer: str = "", searc
     from mmllmrec.models import Unified
 
     tuned = asked.hybrid if name == "Unified" or searched else {}
-    return Row(name, build, Unified.settings(chosen), search=f"Unified, {chosen}", **tuned)
+    return Row(name, build, Unified.settings(chosen, asked.preset), search=f"Unified, {chosen}", **tuned)

@@ -41,7 +41,8 @@ class Preset:
     """Which towers, and what trains in them. ``vision`` and ``language``: a folder, a hub name (see
     ``features.towers``) or ``"nano"``, the shipped towers; ``look`` and ``enter``: how many layers of the vision tower
     are frozen, and the language layer where soft tokens come in, all below it frozen (``encoders.Backbone``);
-    ``cached``: the two numbers that the cached trainer puts there; ``rank`` of LoRA, on every layer above."""
+    ``cached``: the two numbers that the cached trainer puts there (an ``enter`` of 0 freezes no language layer: what the
+    model says is then kept for as long as its adapters wait); ``rank`` of LoRA, on every layer above."""
 
     vision: str = "nano"
     language: str = "nano"
@@ -52,20 +53,19 @@ class Preset:
     look: int = 0
     enter: int = 0
     cached: tuple[int, int] = (3, 2)
+    wait: float = 0.75  # of the cached trainer's steps, before the adapters join
+    measured: int = 4  # the cached trainer looks at validation every so many epochs
     rate: int = 4000  # hertz, of raw sound
 
 
 PRESETS = {
     "nano": Preset(),
-    "minilm": Preset(language="minilm", tokens=32, keep=96, cached=(3, 5)),
+    "minilm": Preset(language="minilm", tokens=32, keep=96, cached=(3, 0), wait=0.9, measured=10),
     "base": Preset(
         vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8, keep=96, cached=(11, 22)
     ),
 }
 TRAINERS = ("cached", "end_to_end")
-# keywords of ``fit`` for the cached trainer: heads, IDs and senses settle on the towers as they are, whose states are
-# computed once for all of that time; then the last layers' adapters join
-CACHED: dict[str, Any] = {"stages": {"lora": 0.75}}
 
 
 class Unified(Hybrid):
@@ -168,9 +168,14 @@ class Unified(Hybrid):
                 self.backbone.fit_whitening(self.items.take(block) for block in warm.split(256))
 
     @classmethod
-    def settings(cls, trainer: str) -> dict[str, Any]:
-        """The keywords of ``fit`` that models of a trainer ask for."""
-        return cls.fit_defaults | (CACHED if trainer == "cached" else {})
+    def settings(cls, trainer: str, preset: str | Preset = "nano") -> dict[str, Any]:
+        """The keywords of ``fit`` that models of a trainer and preset ask for. With the cached one heads, IDs and
+        senses settle on the towers as they are, whose states are computed once for all of that time (``Preset.wait``);
+        then the adapters join."""
+        chosen = PRESETS[preset] if isinstance(preset, str) else preset
+        if trainer != "cached":
+            return cls.fit_defaults
+        return cls.fit_defaults | {"stages": {"lora": chosen.wait}, "eval_every": chosen.measured}
 
     @classmethod
     def from_preset(
@@ -179,8 +184,8 @@ class Unified(Hybrid):
         """A model on pretrained towers: ``"nano"`` (shipped), ``"minilm"`` (its extra), ``"base"`` (the hub), or a
         ``Preset`` of your own. ``trainer="end_to_end"`` puts LoRA on every layer; ``"cached"`` on the last ones alone,
         what the frozen layers below say is computed once, and by its ``fit_defaults`` these wait for the heads to
-        settle (``CACHED``). With ``store=`` (a ``features.store.Store`` or its folder) it is kept on disk, an entry an
-        item: a second building, another catalogue or ``with_catalog`` runs the layers on what is new alone, whatever
+        settle (``settings``). With ``store=`` (a ``features.store.Store`` or its folder) it is kept on disk, an entry
+        an item: a second building, another catalogue or ``with_catalog`` runs the layers on what is new alone, whatever
         LoRA is above them. ``options`` go to the constructor."""
         if isinstance(preset, str) and preset not in PRESETS:
             raise DataError(f"unknown preset {preset!r}; presets are {sorted(PRESETS)}, or pass a Preset")
@@ -191,7 +196,7 @@ class Unified(Hybrid):
             chosen = replace(chosen, look=chosen.cached[0], enter=chosen.cached[1])
         model = cls(data, catalog=catalog, preset=chosen, **options)
         if trainer == "cached":
-            model.fit_defaults = cls.settings(trainer)  # type: ignore[misc]
+            model.fit_defaults = cls.settings(trainer, chosen)  # type: ignore[misc]
         return model
 
     def _adapt(self) -> None:

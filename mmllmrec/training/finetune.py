@@ -74,7 +74,9 @@ def check(given: Any) -> dict[str, Any]:
         if not isinstance(given.get(section, {}), dict):
             raise DataError(f"{section}: a JSON object is expected, not {given[section]!r}")
     whole: dict[str, Any] = {k: {**v, **given.get(k, {})} for k, v in SECTIONS.items()} | {"seed": seed}
-    whole["fit"] = {**Unified.settings(whole["model"].get("trainer", "")), **given.get("fit", {})}
+    preset = whole["model"].get("preset")
+    asked = Unified.settings(whole["model"].get("trainer", ""), preset if preset in PRESETS else "nano")
+    whole["fit"] = {**asked, **given.get("fit", {})}
     for section in ("data", "split"):
         _known(section, whole[section], SECTIONS[section])
         if not isinstance(whole[section]["options"], dict):
