@@ -41,8 +41,8 @@ class Preset:
     """Which towers, and what trains in them. ``vision`` and ``language``: a folder, a hub name (see
     ``features.towers``) or ``"nano"``, the shipped towers; ``look`` and ``enter``: how many layers of the vision tower
     are frozen, and the language layer where soft tokens come in, all below it frozen (``encoders.Backbone``);
-    ``cached``: the two numbers that the cached trainer puts there (an ``enter`` of 0 freezes no language layer: what the
-    model says is then kept for as long as its adapters wait); ``rank`` of LoRA, on every layer above."""
+    ``cached``: the two numbers that the cached trainer puts there (an ``enter`` of 0 freezes no language layer: what it
+    says is then kept for as long as its adapters wait); ``rank`` of LoRA, on every layer above."""
 
     vision: str = "nano"
     language: str = "nano"
