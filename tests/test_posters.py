@@ -126,6 +126,15 @@ def test_it_is_a_tower_like_any_other(made):
     assert torch.allclose(pooled, posters.look(vision.model, torch.from_numpy(warm.pixels(32)[:7].copy())), atol=1e-5)
 
 
+def test_films_that_are_new_in_a_further_split_are_left_out_too(language, tmp_path):
+    split = world()
+    other = splits.cold_items(split.data, seed=1)
+    card = posters.pretrain(tmp_path, split, also=[other], recipe=RECIPE, language=language, progress=False)
+    both = posters.with_both(split.catalog, split.warm_items & other.warm_items)
+    assert card.settings["films"] == both.hash and len(both) < len(posters.with_both(split.catalog, split.warm_items))
+    assert card.settings["also"] == [{"name": "cold_items", "hash": other.hash}]
+
+
 def test_measured_on_cold_films(language, tmp_path):
     split, folder = world(), tmp_path / "seed0"
     posters.pretrain(folder, split, recipe=RECIPE, language=language, progress=False)

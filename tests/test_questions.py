@@ -167,8 +167,14 @@ def test_an_image_tower_must_not_have_seen_what_is_new(world, tmp_path):
     split, users = questions.cold_items(world, 0), questions.splits.cold_both(world, seed=0)
     for one in (split, users):  # which hold out the same items
         assert asked.towers(one, asked.vision).vision == str(tmp_path / "seed0")
+    other = questions.cold_items(world, 1)
     with pytest.raises(DataError, match="seed1' was trained on cold_items of seed 0, and saw"):
-        asked.towers(questions.cold_items(world, 1), asked.vision)
+        asked.towers(other, asked.vision)
+    card = RunCard("pretrain", "posters", 0, split=other.describe())
+    card.settings["also"] = [{"name": s.name, "hash": s.hash} for s in (questions.splits.cold_both(world, seed=1),)]
+    card.save(tmp_path / "seed1" / "card.json")
+    for one in (other, questions.splits.cold_both(world, seed=1)):
+        assert asked.towers(one, asked.vision).vision == str(tmp_path / "seed1")
 
 
 def test_recorded_tastes_are_searched_from_two_sides(world, tmp_path, monkeypatch):

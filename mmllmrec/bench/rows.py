@@ -121,13 +121,20 @@ class Setup:
             return preset
         folder = vision.format(seed=split.settings["seed"])
         path = Path(folder) / "card.json"
-        about = RunCard.load(path).split if path.is_file() else {}
-        if about.get("data") == split.data.name:
-            own = splits.by_name(about["name"], split.data, seed=about["seed"])
-            if own.hash != about["hash"] or bool((own.warm_items & ~split.warm_items).any()):
+        card = RunCard.load(path) if path.is_file() else None
+        if card is not None and card.split.get("data") == split.data.name:
+            seed = card.split["seed"]
+            seen = np.ones(len(split.warm_items), dtype=bool)
+            for about in (card.split, *card.settings.get("also", ())):
+                own = splits.by_name(about["name"], split.data, seed=seed)
+                if own.hash != about["hash"]:
+                    raise DataError(f"vision={folder!r} was trained on another {about['name']} of {split.data.name}")
+                seen &= own.warm_items
+            if bool((seen & ~split.warm_items).any()):
                 raise DataError(
-                    f"vision={folder!r} was trained on {about['name']} of seed {about['seed']}, and saw pictures of "
-                    f"items that are new in {split.name} of seed {split.settings['seed']}: train one for this split"
+                    f"vision={folder!r} was trained on {card.split['name']} of seed {seed}, and saw pictures of items "
+                    f"that are new in {split.name} of seed {split.settings['seed']}: train one for this split too, "
+                    "`python -m mmllmrec.training.posters FOLDER --split ... --also ...`"
                 )
         return replace(preset, vision=folder)
 

@@ -88,12 +88,13 @@ def pretrain(
     split: Split,
     *,
     recipe: Recipe | None = None,
+    also: Sequence[Split] = (),
     more: Catalog | None = None,
     language: str = "minilm",
     seed: int = 0,
     progress: bool = True,
 ) -> RunCard:
-    """Train a tower on the warm films of ``split`` that have a picture and words, and write ``folder`` in open_clip's
+    """Train a tower on the warm films of ``split`` (and of those in ``also``, further splits it may serve) that have a picture and words, and write ``folder`` in open_clip's
     layout with ``card.json``; its CLIP has a text tower of one tiny layer, which nothing trained and nothing reads.
 
     The loss is ``losses.info_nce`` of the tower's output and the frozen mean-pooled states of the language model on
@@ -110,13 +111,14 @@ def pretrain(
     recipe = recipe or Recipe()
     began = time.perf_counter()
     working = folder / "working"
-    catalog = with_both(split.catalog, split.warm_items)
+    catalog = with_both(split.catalog, np.logical_and.reduce([s.warm_items for s in (split, *also)]))
     aside = torch.from_numpy(set_aside(len(catalog), recipe.aside, seed=seed))
     if more is not None:
         others = np.array([i not in split.catalog.item_ids for i in more.item_ids.ids])
         catalog = catalog.joined(with_both(more, others))
     tongue = load_language(language)
     same = {**asdict(recipe), "seed": seed, "films": catalog.hash, "language": tongue.hash, "split": split.hash}
+    same |= {"also": [s.hash for s in also]} if also else {}
     films = _films(working, catalog, tongue, recipe, key=content_hash(same))
     train = torch.cat([torch.nonzero(~aside)[:, 0], torch.arange(len(aside), len(catalog))])
     held = torch.nonzero(aside)[:, 0]
@@ -182,7 +184,8 @@ def pretrain(
         loaded=split.data.about.get("loaded", {}),
         split=split.describe(),
         model={"vision": load_vision(str(folder)).hash, "language": tongue.hash, **about["vision_cfg"]},
-        settings={**asdict(recipe), "language": language, "films": catalog.hash, "more": more is not None},
+        settings={**asdict(recipe), "language": language, "films": catalog.hash, "more": more is not None}
+        | {"also": [{"name": s.name, "hash": s.hash} for s in also]},
         metrics={
             "log_batch": math.log(batch),
             "aside": state["best"],
@@ -393,16 +396,20 @@ def main(arguments: Sequence[str] | None = None) -> RunCard:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", default="cold_items", choices=sorted(splits.SPLITS))
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches")
+    parser.add_argument(
+        "--also", nargs="*", default=[], choices=sorted(splits.SPLITS), help="leave out their new films"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the splits, the weights and the batches")
     parser.add_argument("--path", type=Path, help="the dataset's folder; otherwise found under MMLLMREC_DATA")
     parser.add_argument("--more", action="store_true", help="also train on films too rare to be in the split at all")
     asked = parser.parse_args(arguments)
     data = load_dataset("movielens-small", asked.path, bad_rows="drop")
     more = load_dataset("movielens-small", asked.path, bad_rows="drop", min_events=1).catalog if asked.more else None
-    split = splits.by_name(asked.split, data, seed=asked.seed)
-    card = pretrain(asked.folder, split, more=more, seed=asked.seed)
+    split, *also = (splits.by_name(name, data, seed=asked.seed) for name in (asked.split, *asked.also))
+    card = pretrain(asked.folder, split, also=also, more=more, seed=asked.seed)
     # where it was written and read says nothing of how it was made
     made = f"python -m mmllmrec.training.posters FOLDER --split {asked.split} --seed {asked.seed}"
+    made += f" --also {' '.join(asked.also)}" if asked.also else ""
     card.settings["command"] = made + (" --more" if asked.more else "")
     card.save(asked.folder / "card.json")
     return measure(asked.folder, split)
