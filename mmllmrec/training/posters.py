@@ -94,8 +94,9 @@ def pretrain(
     seed: int = 0,
     progress: bool = True,
 ) -> RunCard:
-    """Train a tower on the warm films of ``split`` (and of those in ``also``, further splits it may serve) that have a picture and words, and write ``folder`` in open_clip's
+    """Train a tower on the warm films of ``split`` that have a picture and words, and write ``folder`` in open_clip's
     layout with ``card.json``; its CLIP has a text tower of one tiny layer, which nothing trained and nothing reads.
+    ``also``: further splits that it is to serve, whose new films are left out as well.
 
     The loss is ``losses.info_nce`` of the tower's output and the frozen mean-pooled states of the language model on
     title and text: locked-image tuning turned round (LiT, Zhai et al. 2022, section 3.1, there the picture is locked),
