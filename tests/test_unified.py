@@ -277,6 +277,40 @@ def test_the_cached_trainer_starts_where_the_other_does(preset, look):
         Unified.from_preset(preset, data=train, catalog=catalog, trainer="both")
 
 
+def test_items_are_read_once_for_as_long_as_nothing_moves(preset, monkeypatch):
+    train, catalog = tiny_world()
+    seed_everything(5)
+    model = Unified.from_preset(preset, data=train, catalog=catalog, dim=16)
+    wake(model)
+    read = []
+    whole = Unified.content
+    monkeypatch.setattr(Unified, "content", lambda self, index: read.append(len(index)) or whole(self, index))
+
+    def reads(one):
+        read.clear()
+        items = one.embed()[1]
+        return sum(read), items
+
+    every, before = reads(model)
+    assert every == len(catalog) and reads(model)[0] == 0 and torch.equal(reads(model)[1], before)
+    blind = model.with_catalog(catalog.without("image"))
+    assert reads(blind)[0] == every and reads(blind)[0] == 0 and reads(model)[0] == 0
+    optimiser = torch.optim.AdamW(model.parameter_groups(1e-2), fused=True)
+    for moving in (list(model.parameters()), [p for n, p in model.named_parameters() if "lora_B" in n]):
+        model.train()
+        optimiser.zero_grad()
+        sum(model.loss(everything(model)).values()).backward()
+        for p in model.parameters():
+            p.grad = p.grad if any(p is q for q in moving) else None
+        optimiser.step()
+        count, after = reads(model)
+        assert count == every and not torch.equal(after, before)
+        before = after
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict({k: v + 0.01 if v.is_floating_point() else v for k, v in weights.items()})
+    assert reads(model)[0] == every
+
+
 def test_sound_and_sensors_come_through_the_same_door(preset):
     train, catalog = sensing_world()
     seed_everything(5)
@@ -367,7 +401,7 @@ def test_minilm_is_a_real_language_model_and_trains_in_every_layer():
     reached = {n.split("layer.")[1][0] for n, p in lora(model).items() if "language" in n and p.grad is not None}
     assert reached == set("012345")
     assert model.backbone.resampler.queries.grad.abs().sum() > 0
-    assert model.fit_defaults["stages"] == {"lora": 0.9} and model.fit_defaults["eval_every"] == 10
+    assert model.fit_defaults["stages"] == {"lora": 0.9} and model.fit_defaults["eval_every"] == 20
 
 
 def test_each_group_has_its_own_learning_rate_and_keeps_it_when_saved(preset, tmp_path):

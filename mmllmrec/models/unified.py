@@ -60,7 +60,7 @@ class Preset:
 
 PRESETS = {
     "nano": Preset(),
-    "minilm": Preset(language="minilm", tokens=32, keep=96, cached=(3, 0), wait=0.9, measured=10),
+    "minilm": Preset(language="minilm", tokens=32, keep=96, cached=(3, 0), wait=0.9, measured=20),
     "base": Preset(
         vision="ViT-B-32:laion2b_s34b_b79k", language="Qwen/Qwen2.5-0.5B", tokens=128, soft=8, keep=96, cached=(11, 22)
     ),
@@ -247,6 +247,7 @@ class Unified(Hybrid):
         raw = {"image": torch.from_numpy(pixels.copy())}
         raw |= {m: torch.from_numpy(catalog.signal(m)) for m in self.backbone.senses}
         self.stood: tuple[int, Told] | None = None
+        self.read_last = None
         # plain attributes, moved with the batch: a large catalogue's pixels need not lie on the accelerator
         before: Items | None = getattr(self, "items", None)
         self.items = Items(tokens, words, raw, present, word_means(self._language, known))
@@ -307,6 +308,12 @@ class Unified(Hybrid):
     def _written(self) -> int:
         """How often what trains in the towers was written to."""
         return sum(p._version for p in self._moving)
+
+    def reading(self) -> Any:
+        """How often each tensor of the backbone that trains, and each buffer, was written to; other items are read anew
+        (``_read``). Frozen weights do not count: an adapter on one writes it and puts it back in every pass."""
+        trained = (p for p in self.backbone.parameters() if p.requires_grad)
+        return tuple(t._version for t in (*trained, *self.backbone.buffers())), self.device
 
     def content(self, index: Tensor) -> Content:
         """What the backbone makes of some items, (C,)."""
