@@ -589,6 +589,28 @@ def test_while_the_towers_wait_their_states_are_computed_once(model, monkeypatch
         torch.testing.assert_close(model.content(index).fused, still, atol=1e-5, rtol=1e-4)
 
 
+def test_what_waiting_towers_said_is_forgotten_when_their_adapters_join(model):
+    """A fused optimiser does not count what it writes, so that a measurement after its step must not go by the count."""
+    wake(model)
+    model.train()
+    for p in model._moving:
+        p.requires_grad_(False)
+    sum(model.loss(everything(model)).values())
+    assert model.stood is not None
+    for p in model._moving:
+        p.requires_grad_(True)
+    adapters = list(lora(model).values())
+    optimiser = torch.optim.AdamW(adapters, lr=0.1, fused=True)
+    sum(model.loss(everything(model)).values()).backward()
+    written = model._written
+    optimiser.step()
+    assert model._written == written and model.stood is None
+    with model.evaluating():
+        after = model.all_content()
+        model.stood = model.read_last = None
+        torch.testing.assert_close(model.all_content(), after)
+
+
 def test_what_waiting_towers_say_is_nothing_of_encoders_that_train(preset):
     train, catalog = sensing_world()
     seed_everything(5)

@@ -317,6 +317,8 @@ class Unified(Hybrid):
 
     def content(self, index: Tensor) -> Content:
         """What the backbone makes of some items, (C,)."""
+        if self.training:
+            self.read_last = None  # a step will follow, and a fused optimiser does not count what it writes
         index = index.cpu()
         found: Content = self.backbone(self.items.take(index).to(self.device), self._standing(index))
         return found
@@ -327,6 +329,7 @@ class Unified(Hybrid):
         training where it is not known yet, or where further senses have a part in what they say."""
         known = self.stood is not None and self.stood[0] == self._written
         if self.training and any(p.requires_grad for p in self._moving):
+            self.stood = None  # as in ``content``
             return None
         if not self.training and (self.backbone.senses or not known):
             return None
