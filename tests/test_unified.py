@@ -590,7 +590,7 @@ def test_while_the_towers_wait_their_states_are_computed_once(model, monkeypatch
 
 
 def test_what_waiting_towers_said_is_forgotten_when_their_adapters_join(model):
-    """A fused optimiser does not count what it writes, so that a measurement after its step must not go by the count."""
+    """A fused optimiser does not count what it writes, so a measurement after its step must not go by it."""
     wake(model)
     model.train()
     for p in model._moving:
