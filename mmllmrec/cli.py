@@ -549,6 +549,7 @@ EndToEnd = Annotated[
     ),
 ]
 
+Some = Annotated[list[str] | None, typer.Option("--system", help="fit these rows alone; all where not given")]
 Tower = Annotated[
     str | None,
     typer.Option(
@@ -588,10 +589,18 @@ def _question(name: str, about: str) -> None:
         tuned: Searches = Path("runs/tuned"),
         end_to_end: EndToEnd = False,
         vision: Tower = None,
+        systems: Some = None,
     ) -> None:
         from mmllmrec import bench
 
-        asked: dict[str, Any] = {"data": data, "path": path, "seeds": seeds, "trials": trials, "minutes": minutes}
+        asked: dict[str, Any] = {
+            "systems": systems,
+            "data": data,
+            "path": path,
+            "seeds": seeds,
+            "trials": trials,
+            "minutes": minutes,
+        }
         # left out, real data is trained with the cached trainer alone
         asked |= {"folder": folder, "tuned": tuned, "end_to_end": end_to_end or None, "vision": vision}
         print(getattr(bench, name)(**asked))

@@ -144,6 +144,28 @@ def test_q4_says_what_each_fusion_finds_and_what_it_loses(asked, tmp_path, monke
     assert rows.TWIN not in answer.table(tables[2]).index
 
 
+def test_some_rows_of_a_question_bring_what_they_stand_on_and_the_claims_that_are_left(asked, tmp_path):
+    some = ("Unified", "DropoutNet (softmax)")
+    answer = bench.q2(folder=tmp_path / "some", systems=some, **asked)
+    trained = {s for s in answer.frame["system"] if s not in ("Random", "Popularity", "ContentKNN", "Oracle")}
+    assert trained == {*some, "LightGCN (softmax)"}  # whose latents DropoutNet stands on
+    assert set(answer.verdicts["against"]) == {"DropoutNet (softmax)", "ContentKNN"}
+    whole = bench.q2(folder=tmp_path / "whole", **asked)
+    assert whole.value("Unified", "cold") == answer.value("Unified", "cold")
+    only = questions.only(question(), ["LightGCN (softmax)"])
+    assert [r.name for r in only.rows] == ["LightGCN (softmax)"] and only.controls == () and not only.claims
+    with pytest.raises(DataError, match=r"systems=.*SVD.* are no rows of q2"):
+        bench.q2(folder=tmp_path / "none", systems=["SVD"], **asked)
+
+
+def question():
+    """A question with controls and one claim, over two rows."""
+    unified = rows.Row("Unified", lambda *a, **k: None, {}, "Unified")
+    claims = [questions.Claim("Unified", questions.SOFTMAXED, "warm")]
+    layout = Layout({NDCG: [Column("all", "all")]})
+    return Question("q", "", [rows.REFERENCE, unified], layout, questions.cold_items, claims, ("shuffled text",))
+
+
 def test_what_cannot_be_asked(asked, tmp_path, world):
     with pytest.raises(DataError, match="data='nothing': the questions are asked of"):
         bench.q1(folder=tmp_path, **(asked | {"data": "nothing"}))

@@ -4,14 +4,16 @@ All take the data (a name, or a ``RecDataset``) and ``path`` of its folder; ``se
 ``trials`` and ``minutes``; ``folder``, where the answer, its cards and checkpoints go; ``tuned``, where searches are
 kept and shared; ``end_to_end``, the trainer of Unified: left out, the first question trains it end to end on planted
 worlds and everything else has the cached trainer (``rows.setup``); ``vision``, the folder of another image tower, with
-``{seed}`` in it where it is another for each split. A question that was cut off goes on, and one that was answered is
-read.
+``{seed}`` in it where it is another for each split; ``systems``, the rows to fit, all where left out (their fits are
+kept, so that more can be asked later, in another folder). A question that was cut off goes on, and one that was
+answered is read.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +75,46 @@ def _asked(make: Callable[[Setup], Question]) -> Callable[..., Answer]:
         tuned: Folder = TUNED,
         end_to_end: bool | None = None,
         vision: Folder | None = None,
+        systems: Sequence[str] | None = None,
         quick: int | None = None,
     ) -> Answer:
         asked = setup(data, path, end_to_end=end_to_end, whole=name == "q1", vision=vision)
         budget = Budget(trials, minutes, Path(tuned))
-        return ask(make(asked), asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
+        question = make(asked) if systems is None else only(make(asked), systems)
+        return ask(question, asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
 
     answer.__name__ = answer.__qualname__ = name
     answer.__doc__ = make.__doc__
     return answer
+
+
+def only(question: Question, systems: Sequence[str]) -> Question:
+    """A question of some of its rows, those they are built from, and the claims that are of these alone. Raises
+    ``DataError`` for a row that it does not have."""
+    rows = {r.name: r for r in question.rows}
+    unknown = [name for name in systems if name not in rows]
+    if unknown or not systems:
+        raise DataError(f"systems={list(systems)}: {unknown} are no rows of {question.name}; these are {list(rows)}")
+    kept, left = set[str](), list(systems)
+    while left:
+        name = left.pop()
+        kept.add(name)
+        left += [other for other in rows[name].after if other not in kept]
+    gone = rows.keys() - kept
+    claims = []
+    for claim in question.claims:
+        others = (claim.other,) if isinstance(claim.other, str) else claim.other
+        others = tuple(o for o in others if o not in gone)
+        if claim.system not in gone and others:
+            claims.append(replace(claim, other=others))
+    first = question.first in kept
+    return replace(
+        question,
+        rows=[r for r in question.rows if r.name in kept],
+        claims=claims,
+        controls=question.controls if first else (),
+        first=question.first if first else next(r.name for r in reversed(question.rows) if r.name in kept),
+    )
 
 
 @_asked
