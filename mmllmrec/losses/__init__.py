@@ -1,0 +1,31 @@
+"""Losses: pure functions, each a scalar that has a gradient. Supervised and self-supervised, as the survey divides them."""
+
+from mmllmrec.losses.self_supervised import alignment, bootstrap, info_nce, reconstruction, uniformity
+from mmllmrec.losses.supervised import (
+    adaptive_hinge,
+    bce,
+    bpr,
+    embedding_norm,
+    hinge,
+    l2,
+    mse,
+    sampled_softmax,
+    softmax,
+)
+
+__all__ = [
+    "adaptive_hinge",
+    "alignment",
+    "bce",
+    "bootstrap",
+    "bpr",
+    "embedding_norm",
+    "hinge",
+    "info_nce",
+    "l2",
+    "mse",
+    "reconstruction",
+    "sampled_softmax",
+    "softmax",
+    "uniformity",
+]

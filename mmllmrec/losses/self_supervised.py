@@ -1,0 +1,84 @@
+"""Self-supervised losses: what two views of one thing should have in common.
+
+Feature-based: views made by modalities, noise or masks; structure-based: views made by dropping edges and nodes of the
+graph (``encoders.views``). Both end in one of these functions. Survey (arXiv 2502.15711), section VI.B.
+
+Legend: N rows of any kind, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.losses.supervised import _wide
+
+
+def info_nce(a: Tensor, b: Tensor, *, temperature: float | Tensor = 0.1, both_ways: bool = True) -> Tensor:
+    """InfoNCE: row n of ``a`` belongs to row n of ``b``, all other rows of ``b`` are negatives.
+
+    L(a, b) = mean over n of -log softmax_m(cos(a_n, b_m) / temperature)[n], van den Oord et al. 2018, eq. 4; with
+    ``both_ways`` (L(a, b) + L(b, a)) / 2 as Radford et al. 2021, section 2.3; (N, D), (N, D) -> (). Rows are
+    L2-normalised here. Rows that show the same thing twice are each other's negatives: de-duplicate before. Equal
+    cosines give log N. Softmax in float32.
+    """
+    _alike("info_nce", a, b)
+    logits = F.normalize(_wide(a), dim=-1) @ F.normalize(_wide(b), dim=-1).T / temperature
+    own = torch.arange(len(a), device=a.device)
+    one = F.cross_entropy(logits, own)
+    return (one + F.cross_entropy(logits.T, own)) / 2 if both_ways else one
+
+
+def bootstrap(online: Tensor, target: Tensor) -> Tensor:
+    """Predict the other view without negatives: no gradient reaches the target, which keeps both from collapsing.
+
+    mean over n of 1 - cos(online_n, stop_gradient(target_n)), Grill et al. 2020 (BYOL), eq. 2, halved: 2 - 2 cos there;
+    (N, D), (N, D) -> (). ``online`` is what a predictor makes of its view. 0 at the same direction, 2 at the opposite.
+
+    >>> bootstrap(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])).item()
+    0.5
+    """
+    _alike("bootstrap", online, target)
+    return (1 - F.cosine_similarity(_wide(online), _wide(target.detach()), dim=-1)).mean()
+
+
+def alignment(a: Tensor, b: Tensor) -> Tensor:
+    """How far apart the two rows of a positive pair are, on the unit sphere.
+
+    mean over n of ||a_n / |a_n| - b_n / |b_n| ||^2, Wang and Isola 2020, section 4.1, alpha = 2; for users and items
+    Wang et al. 2022 (DirectAU), eq. 5; (N, D), (N, D) -> (). Between 0 and 4.
+    """
+    _alike("alignment", a, b)
+    return (F.normalize(_wide(a), dim=-1) - F.normalize(_wide(b), dim=-1)).square().sum(-1).mean()
+
+
+def uniformity(rows: Tensor, *, t: float = 2.0) -> Tensor:
+    """How evenly rows lie on the unit sphere: lower is more even.
+
+    log of the mean over pairs n < m of exp(-t ||x_n - x_m||^2), x of unit length, Wang and Isola 2020, section 4.1;
+    (N, D) -> (). 0 where all rows are one direction. Raises ``DataError`` for fewer than two rows.
+    """
+    if rows.ndim != 2 or len(rows) < 2:
+        raise DataError(f"uniformity: rows {tuple(rows.shape)}; expected (N, D) with N of 2 or more")
+    unit = F.normalize(_wide(rows), dim=-1)
+    cosines = unit @ unit.T
+    first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
+    exponents = -t * (2 - 2 * cosines[first, second])
+    return torch.logsumexp(exponents, dim=0) - torch.log(torch.tensor(float(len(exponents))))
+
+
+def reconstruction(decoded: Tensor, original: Tensor, *, power: float = 1.0) -> Tensor:
+    """What was masked, decoded again: the scaled cosine error of masked rows.
+
+    mean over n of (1 - cos(decoded_n, stop_gradient(original_n)))^power, Hou et al. 2022 (GraphMAE), eq. 2;
+    (N, D), (N, D) -> (). ``power`` above 1 lets easy rows weigh less. The original is data: it gets no gradient.
+    """
+    _alike("reconstruction", decoded, original)
+    return (1 - F.cosine_similarity(_wide(decoded), _wide(original.detach()), dim=-1)).pow(power).mean()
+
+
+def _alike(name: str, a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or a.ndim != 2:
+        raise DataError(f"{name}: {tuple(a.shape)} and {tuple(b.shape)}; expected both (N, D)")

@@ -1,0 +1,171 @@
+"""Supervised losses: pointwise, pairwise and softmax, and the penalties that go with them.
+
+Pure functions of scores and embeddings, each a scalar that has a gradient. Survey (arXiv 2502.15711), section VI.A.
+
+Legend: B batch, K negatives, C candidates, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllmrec.data.interactions import DataError
+
+
+def bce(positive: Tensor, negative: Tensor) -> Tensor:
+    """Binary cross-entropy, pointwise: a positive is a yes, each of its negatives a no, and every pair counts alike.
+
+    (sum_b -log sigmoid(positive_b) + sum_bk -log(1 - sigmoid(negative_bk))) / (B (1 + K)), He et al. 2017 (NCF), eq. 7,
+    as a mean; (B,), (B, K) -> (). At scores of zero it is log 2.
+
+    >>> round(bce(torch.zeros(3), torch.zeros(3, 2)).item(), 4)
+    0.6931
+    """
+    _pairs("bce", positive, negative)
+    total = F.softplus(-positive).sum() + F.softplus(negative).sum()
+    return total / (positive.numel() + negative.numel())
+
+
+def mse(positive: Tensor, negative: Tensor) -> Tensor:
+    """Squared error, pointwise: a positive's score should be 1, a negative's 0.
+
+    (sum_b (positive_b - 1)^2 + sum_bk negative_bk^2) / (B (1 + K)); (B,), (B, K) -> (). Of implicit feedback as Hu et
+    al. 2008, eq. 3, with sampled negatives and every confidence 1.
+
+    >>> mse(torch.tensor([1.0, 0.0]), torch.tensor([[0.0], [1.0]])).item()
+    0.5
+    """
+    _pairs("mse", positive, negative)
+    return ((positive - 1).square().sum() + negative.square().sum()) / (positive.numel() + negative.numel())
+
+
+def bpr(positive: Tensor, negative: Tensor) -> Tensor:
+    """Bayesian personalised ranking: a positive should score above its negatives.
+
+    mean over b, k of -log sigmoid(positive_b - negative_bk), Rendle et al. 2009, section 4.1; (B,), (B, K) -> ().
+    The paper's regulariser is a term of its own (``l2``, ``embedding_norm``). At equal scores it is log 2.
+
+    >>> round(bpr(torch.zeros(3), torch.zeros(3, 2)).item(), 4)
+    0.6931
+    """
+    _pairs("bpr", positive, negative)
+    return F.softplus(negative - positive[:, None]).mean()
+
+
+def hinge(positive: Tensor, negative: Tensor, *, margin: float = 1.0) -> Tensor:
+    """Pairwise hinge: a positive should be ``margin`` above each of its negatives, and no more is asked.
+
+    mean over b, k of max(0, margin - positive_b + negative_bk), Weston et al. 2011, eq. 1 without its rank weights;
+    (B,), (B, K) -> (). ``margin`` has the units of a score.
+
+    >>> hinge(torch.tensor([2.0, 0.0]), torch.tensor([[0.0], [0.0]])).item()
+    0.5
+    """
+    _pairs("hinge", positive, negative)
+    return F.relu(margin - positive[:, None] + negative).mean()
+
+
+def adaptive_hinge(positive: Tensor, negative: Tensor, *, margin: float = 1.0) -> Tensor:
+    """Hinge against the hardest of K negatives: the one with the highest score now.
+
+    mean over b of max(0, margin - positive_b + max_k negative_bk); (B,), (B, K) -> (). The sampled search for a
+    violating negative of WARP (Weston et al. 2011, section 3), all K at once and without the weight of the rank. The
+    other negatives have gradient exactly 0; with K = 1 it is ``hinge``.
+
+    >>> adaptive_hinge(torch.tensor([1.0]), torch.tensor([[-5.0, 1.5]])).item()
+    1.5
+    """
+    _pairs("adaptive_hinge", positive, negative)
+    return F.relu(margin - positive + negative.amax(dim=1)).mean()
+
+
+def softmax(scores: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Full softmax: each row picks its positive among all C candidates.
+
+    mean over b of -log softmax_c(scores_bc)[target_b]; (B, C), (B,) int64 in 0..C-1 -> (). ``mask`` (B, C) bool names
+    what leaves a row's sum, such as the user's other positives: weight and gradient exactly 0; the target is never
+    masked. Equal scores give log C. In float32.
+
+    >>> round(softmax(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4)  # log 4
+    1.3863
+    """
+    if scores.ndim != 2 or target.shape != scores.shape[:1]:
+        raise DataError(f"softmax: scores {tuple(scores.shape)}, target {tuple(target.shape)}; expected (B, C), (B,)")
+    logits = _wide(scores)
+    if mask is not None:
+        if mask.shape != logits.shape:
+            raise DataError(f"softmax: mask {tuple(mask.shape)}; expected (B, C) = {tuple(logits.shape)}")
+        keep = F.one_hot(target, logits.shape[1]).bool()
+        logits = logits.masked_fill(mask & ~keep, float("-inf"))
+    return F.cross_entropy(logits, target)
+
+
+def l2(*embeddings: Tensor) -> Tensor:
+    """Squared L2 penalty of a batch: 1 / (2B) times the sum of the squared norms of its rows.
+
+    The regulariser of BPR (Rendle et al. 2009, eq. 4) and LightGCN (He et al. 2020, eq. 15) on the embeddings a batch
+    touches; each (B, ..., D) -> (). B is the first size of the first one. Being a mean over the batch it does not
+    depend on how the batch is divided among processes. A row that a batch has twice counts twice.
+
+    >>> l2(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).item()
+    6.25
+    """
+    return torch.stack([_wide(e).square().sum() for e in embeddings]).sum() / (2 * max(len(embeddings[0]), 1))
+
+
+def embedding_norm(*embeddings: Tensor) -> Tensor:
+    """The penalty that the RecBole and MMRec family trains with: Frobenius norms (not squared) over the batch size.
+
+    sum over e of ||e||_F / B; each (B, ..., D) -> (). Its gradient X / (B ||X||_F) shrinks every row by the same
+    direction of the batch matrix, whatever its scale, so a coefficient means something else than it does for ``l2``:
+    published coefficients of that family hold for this one. It depends on the batch size (about B^-1/2), so it does
+    on the batch a process holds. The gradient at all-zero embeddings is zero.
+
+    >>> embedding_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).item()
+    2.5
+    """
+    norms = [torch.linalg.vector_norm(_wide(e)) for e in embeddings]
+    return torch.stack(norms).sum() / max(len(embeddings[0]), 1)
+
+
+def sampled_softmax(
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    log_q: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """In-batch sampled softmax with the popularity (logQ) correction: each user picks its positive among C candidates.
+
+    mean over b of -log softmax_c(u_b . v_c / temperature - log q_c)[target_b], Yi et al. 2019, eqs. 3 to 5;
+    users (B, D), items (C, D), target (B,) int64 in 0..C-1 -> (). ``log_q`` (C,) is the log of the chance that a
+    candidate is in a batch (``sampling.log_inclusion``); None: no correction. ``mask`` (B, C) bool names the row's
+    other positives and near-duplicates, which leave the sum (their logit is -inf: weight and gradient exactly 0); the
+    target is never masked. ``temperature`` has the units of a score. Departure: the paper normalises both towers,
+    here the caller does or does not. Uniform scores give log C. Softmax in float32.
+    """
+    if target.shape != users.shape[:1] or users.shape[-1] != items.shape[-1]:
+        raise DataError(
+            f"sampled_softmax: users {tuple(users.shape)}, items {tuple(items.shape)}, target {tuple(target.shape)}; "
+            "expected (B, D), (C, D) and (B,)"
+        )
+    logits = _wide(users @ items.T) / temperature
+    if log_q is not None:
+        logits = logits - log_q.to(logits)
+    return softmax(logits, target, mask=mask)
+
+
+def _pairs(name: str, positive: Tensor, negative: Tensor) -> None:
+    if positive.ndim != 1 or negative.ndim != 2 or len(negative) != len(positive):
+        raise DataError(
+            f"{name}: positive {tuple(positive.shape)} and negative {tuple(negative.shape)}; expected (B,) and (B, K)"
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision is widened to float32; float64 stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
