@@ -80,6 +80,22 @@ def test_the_graph_is_not_saved_and_has_no_parameters(train):
     assert not any(b.is_sparse or b.layout == torch.sparse_csr for b in graph.buffers())
 
 
-def test_a_matrix_that_is_not_symmetric_is_refused():
+def test_another_matrix_is_multiplied_and_its_transpose_is_the_backward():
+    matrix = sp.random(5, 3, density=0.6, random_state=0, dtype=np.float32)
+    graph, x = Propagation(matrix), torch.randn(3, D, requires_grad=True)
+    naive = torch.tensor(matrix.toarray()) @ x
+    torch.testing.assert_close(graph(x), naive)
+    weight = torch.randn(5, D)
+    mine, theirs = (torch.autograd.grad((y**2 * weight).sum(), x)[0] for y in (graph(x), naive))
+    torch.testing.assert_close(mine, theirs)
+    square = Propagation(sp.csr_matrix(np.triu(np.ones((3, 3)))))
+    assert not square.symmetric and Propagation(sp.identity(3)).symmetric
     with pytest.raises(DataError, match="symmetric"):
-        Propagation(sp.csr_matrix(np.triu(np.ones((3, 3)))))
+        Propagation(matrix, symmetric=True)
+
+
+def test_events_left_out_count_in_no_degree(train):
+    keep = np.arange(len(train)) % 3 > 0
+    less = Interactions(train.users[keep], train.items[keep], None, train.user_ids, train.item_ids)
+    for which in (keep, np.flatnonzero(keep)):
+        np.testing.assert_allclose(normalised_adjacency(train, keep=which).toarray(), dense(less), atol=1e-7)

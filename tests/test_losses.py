@@ -146,3 +146,65 @@ def test_info_nce_is_its_formula_and_symmetrical():
 def test_half_precision_scores_are_summed_in_float32():
     loss = losses.sampled_softmax(torch.zeros(1, D).bfloat16(), torch.zeros(300, D).bfloat16(), torch.tensor([0]))
     assert loss.dtype == torch.float32 and math.isclose(loss.item(), math.log(300), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bce", "mse", "hinge", "adaptive_hinge"])
+def test_pointwise_and_pairwise_losses_are_their_formulas(name):
+    positive, negative = normal(B, seed=1), normal(B, K, seed=2)
+    no, yes = [[negative[b, k] for k in range(K)] for b in range(B)], [positive[b] for b in range(B)]
+    flat = [v for row in no for v in row]
+    zero = torch.zeros((), dtype=torch.float64)
+    naive = {
+        "bce": lambda: (sum(torch.log1p(torch.exp(-v)) for v in yes) + sum(torch.log1p(torch.exp(v)) for v in flat))
+        / (B + B * K),
+        "mse": lambda: (sum((v - 1) ** 2 for v in yes) + sum(v**2 for v in flat)) / (B + B * K),
+        "hinge": lambda: sum(torch.maximum(zero, 1 - yes[b] + v) for b in range(B) for v in no[b]) / (B * K),
+        "adaptive_hinge": lambda: sum(torch.maximum(zero, 1 - yes[b] + max(no[b])) for b in range(B)) / B,
+    }[name]()
+    same(getattr(losses, name)(positive, negative), naive, positive, negative)
+
+
+def test_adaptive_hinge_moves_the_hardest_negative_alone():
+    negative = torch.tensor([[0.1, 0.9, -3.0]], requires_grad=True)
+    losses.adaptive_hinge(torch.zeros(1), negative).backward()
+    assert negative.grad.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_full_softmax_over_the_catalogue_is_the_sampled_one_with_every_item_a_candidate():
+    users, items, _, target, mask = softmax_case()
+    scores = users @ items.T
+    same(losses.softmax(scores, target, mask=mask), losses.sampled_softmax(users, items, target, mask=mask), users)
+    with pytest.raises(DataError, match=r"\(B, C\)"):
+        losses.softmax(scores, target[:3])
+
+
+def unit_rows(x):
+    return [row / (row @ row).sqrt() for row in x]
+
+
+def test_bootstrap_and_reconstruction_are_their_formulas_and_the_target_is_still():
+    online, target = normal(B, D, seed=1), normal(B, D, seed=2)
+    cosines = [a @ b for a, b in zip(unit_rows(online), unit_rows(target.detach()), strict=True)]
+    same(losses.bootstrap(online, target), sum(1 - c for c in cosines) / B, online)
+    same(losses.reconstruction(online, target, power=2.0), sum((1 - c) ** 2 for c in cosines) / B, online)
+    for loss in (losses.bootstrap(online, target), losses.reconstruction(online, target)):
+        assert torch.autograd.grad(loss, target, allow_unused=True)[0] is None
+
+
+def test_alignment_and_uniformity_are_their_formulas():
+    a, b = normal(B, D, seed=1), normal(B, D, seed=2)
+    one, two = unit_rows(a), unit_rows(b)
+    same(losses.alignment(a, b), sum(((x - y) ** 2).sum() for x, y in zip(one, two, strict=True)) / B, a, b)
+    pairs = [torch.exp(-2 * ((one[n] - one[m]) ** 2).sum()) for n in range(B) for m in range(n)]
+    same(losses.uniformity(a), torch.log(sum(pairs) / len(pairs)), a)
+    line = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    assert losses.uniformity(line).item() == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(DataError, match="2 or more"):
+        losses.uniformity(line[:1])
+
+
+def test_info_nce_one_way_reads_rows_alone():
+    a, b = normal(B, D, seed=1), normal(B, D, seed=2)
+    one, other = losses.info_nce(a, b, both_ways=False), losses.info_nce(b, a, both_ways=False)
+    torch.testing.assert_close((one + other) / 2, losses.info_nce(a, b))
+    assert abs(one - other) > 1e-3

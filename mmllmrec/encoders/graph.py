@@ -19,17 +19,17 @@ from mmllmrec.data.interactions import DataError, Interactions
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
-class _SymmetricProduct(torch.autograd.Function):
-    """A @ x for a symmetric A, whose backward is A @ g: the transposed copy that autograd would make is never made."""
+class _Product(torch.autograd.Function):
+    """A @ x whose backward is A^T @ g with the A^T given: the transposed copy that autograd would make is never made."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, x: Tensor) -> Tensor:
-        ctx.matrix = matrix
+    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
+        ctx.transposed = transposed
         return _product(matrix, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, _product(ctx.matrix, grads[0])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, _product(ctx.transposed, grads[0])
 
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
@@ -39,51 +39,67 @@ def _product(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 class Propagation(nn.Module):
-    """Multiply by a symmetric sparse matrix: (N, D) -> (N, D).
+    """Multiply by a sparse matrix: (M, D) -> (N, D) for a matrix (N, M).
 
-    The matrix is kept as three plain buffers (CSR: row starts, columns, values), none persistent, so that copying,
-    moving, checkpointing and broadcasting need no sparse support. Runs in the values' dtype (float32) outside autocast,
-    since bfloat16 CSR products do not exist on the CPU. Raises ``DataError`` when the matrix is not symmetric, because
-    the backward relies on it.
+    The matrix is kept as plain buffers (CSR: row starts, columns, values), none persistent, so that copying, moving,
+    checkpointing and broadcasting need no sparse support. A symmetric one is its own transpose in the backward; of
+    another the transpose is kept beside it. ``symmetric`` says which it is; left out, it is looked at. Runs in the
+    values' dtype (float32) outside autocast, since bfloat16 CSR products do not exist on the CPU. Raises ``DataError``
+    for ``symmetric=True`` where it is not square.
     """
 
-    starts: Tensor
-    columns: Tensor
-    values: Tensor
-
-    def __init__(self, matrix: sp.spmatrix):
+    def __init__(self, matrix: sp.spmatrix, *, symmetric: bool | None = None):
         super().__init__()
         csr = sp.csr_matrix(matrix, dtype=np.float32)
+        self.shape: tuple[int, int] = csr.shape
+        if symmetric is None:
+            difference = csr - csr.T if self.shape[0] == self.shape[1] else None
+            symmetric = difference is not None and not (difference.nnz and abs(difference).max() > 1e-6)
+        if symmetric and self.shape[0] != self.shape[1]:
+            raise DataError(f"propagation: a matrix {self.shape} cannot be symmetric")
+        self._keep("", csr)
+        self.symmetric = symmetric
+        if not symmetric:
+            self._keep("back_", csr.T.tocsr())
+
+    def _keep(self, prefix: str, csr: sp.csr_matrix) -> None:
         csr.sort_indices()
-        difference = csr - csr.T
-        if csr.shape[0] != csr.shape[1] or (difference.nnz and abs(difference).max() > 1e-6):
-            raise DataError(f"propagation needs a symmetric matrix; this one, {csr.shape}, is not")
         index = np.int32 if csr.nnz < 2**31 else np.int64  # half the bytes of the index wherever it fits
-        self.register_buffer("starts", torch.from_numpy(csr.indptr.astype(index)), persistent=False)
-        self.register_buffer("columns", torch.from_numpy(csr.indices.astype(index)), persistent=False)
-        self.register_buffer("values", torch.from_numpy(csr.data.copy()), persistent=False)
+        parts = {"starts": csr.indptr.astype(index), "columns": csr.indices.astype(index), "values": csr.data.copy()}
+        for name, part in parts.items():
+            self.register_buffer(prefix + name, torch.from_numpy(part), persistent=False)
+
+    def _csr(self, prefix: str, shape: tuple[int, int]) -> Tensor:
+        parts = (self.get_buffer(prefix + name) for name in ("starts", "columns", "values"))
+        return torch.sparse_csr_tensor(*parts, shape, check_invariants=False)
 
     def matrix(self) -> Tensor:
-        """The matrix as a sparse CSR tensor (N, N) over the same memory."""
-        n = len(self.starts) - 1
-        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, (n, n), check_invariants=False)
+        """The matrix as a sparse CSR tensor (N, M) over the same memory."""
+        return self._csr("", self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = _SymmetricProduct.apply(self.matrix(), x.to(self.values.dtype))
+        matrix = self.matrix()
+        back = matrix if self.symmetric else self._csr("back_", self.shape[::-1])
+        product: Tensor = _Product.apply(matrix, back, x.to(matrix.dtype))
         return product
 
 
-def normalised_adjacency(train: Interactions) -> sp.csr_matrix:
+def normalised_adjacency(train: Interactions, *, keep: np.ndarray | None = None) -> sp.csr_matrix:
     """D^-1/2 A D^-1/2 of the bipartite graph A = [[0, R], [R^T, 0]], He et al. 2020, eqs. 7 and 8; (N, N) float32.
 
-    Users come first, then items. A node without an event has an empty row: nothing flows to it or from it.
+    Users come first, then items. A node without an event has an empty row: nothing flows to it or from it. ``keep``,
+    indices or a mask (E,) of training events, leaves the others out; degrees are those of what is left.
     """
-    r = train.csr
-    degree = np.concatenate([train.user_counts, train.item_counts]).astype(np.float64)
-    inverse = np.divide(1.0, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
-    half = sp.diags(inverse)
-    adjacency = sp.bmat([[None, r], [r.T, None]], format="csr", dtype=np.float64)
-    return (half @ adjacency @ half).tocsr().astype(np.float32)
+    n_users, n_items = train.n_users, train.n_items
+    users, items = (train.users, train.items) if keep is None else (train.users[keep], train.items[keep])
+    of_user, of_item = np.bincount(users, minlength=n_users), np.bincount(items, minlength=n_items)
+    weights = ((1 / np.sqrt(of_user[users])) * (1 / np.sqrt(of_item[items]))).astype(np.float32)
+    r = sp.csr_matrix((weights, (users, items)), shape=(n_users, n_items))
+    back = r.T.tocsr()
+    starts = np.concatenate([r.indptr, r.nnz + back.indptr[1:]])
+    columns = np.concatenate([r.indices + n_users, back.indices])
+    size = n_users + n_items
+    return sp.csr_matrix((np.concatenate([r.data, back.data]), columns, starts), shape=(size, size))
 
 
 class LightGraph(nn.Module):
@@ -91,6 +107,7 @@ class LightGraph(nn.Module):
 
     E^(k+1) = D^-1/2 A D^-1/2 E^(k), He et al. 2020, eqs. 3 and 7; the result is the mean of layers 0..K (eq. 4 with
     alpha_k = 1 / (K + 1), the paper's choice). A node without an event keeps E^(0) / (K + 1): finite, and small.
+    ``through`` is another propagation than that of all training events: one of fewer edges, while a model trains.
     """
 
     def __init__(self, train: Interactions, *, layers: int = 2):
@@ -99,13 +116,16 @@ class LightGraph(nn.Module):
             raise DataError(f"layers={layers}: how often to propagate, 0 or more")
         self.layers = layers
         self.sizes = [train.n_users, train.n_items]
-        self.propagation = Propagation(normalised_adjacency(train))
+        self.propagation = Propagation(normalised_adjacency(train), symmetric=True)
 
-    def forward(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, users: Tensor, items: Tensor, *, through: Propagation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        propagation = self.propagation if through is None else through
         x = torch.cat([users, items])
         total = x
         for _ in range(self.layers):
-            x = self.propagation(x)
+            x = propagation(x)
             total = total + x
         out_users, out_items = (total / (self.layers + 1)).split(self.sizes)
         return out_users, out_items

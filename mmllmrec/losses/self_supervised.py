@@ -8,6 +8,8 @@ Legend: N rows of any kind, D width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +68,7 @@ def uniformity(rows: Tensor, *, t: float = 2.0) -> Tensor:
     cosines = unit @ unit.T
     first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
     exponents = -t * (2 - 2 * cosines[first, second])
-    return torch.logsumexp(exponents, dim=0) - torch.log(torch.tensor(float(len(exponents))))
+    return torch.logsumexp(exponents, dim=0) - math.log(len(exponents))
 
 
 def reconstruction(decoded: Tensor, original: Tensor, *, power: float = 1.0) -> Tensor:

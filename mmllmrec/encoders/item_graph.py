@@ -1,0 +1,141 @@
+"""Latent graphs of items that are alike, and of users who took the same: sparse, built in blocks.
+
+Legend: I items, U users, N rows of either, M modalities, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllmrec.data.interactions import DataError, Interactions
+
+BLOCK = 1 << 22  # cells of a similarity matrix that are held at once (16 MiB)
+
+
+def nearest(rows: Tensor, k: int, *, present: Tensor | None = None, itself: bool = True) -> tuple[Tensor, Tensor]:
+    """The K most similar rows of each, by cosine: (N, D) -> indices (N, K) int64, cosines (N, K), best first.
+
+    A block of rows at a time: no N x N matrix is made. Only rows that are ``present`` (N,) bool are anyone's neighbours;
+    a row that is not has cosines of 0. Without ``itself`` a row is not its own neighbour. Gradients do not flow: which
+    rows are near is a choice (``cosines`` says how near, with a gradient). K is at most the number of candidates.
+    Raises ``DataError`` for ``k`` below 1.
+    """
+    if k < 1:
+        raise DataError(f"k={k}: keep at least one neighbour")
+    with torch.no_grad():
+        unit = F.normalize(rows.detach().float(), dim=-1)
+        pool = torch.arange(len(unit), device=unit.device) if present is None else present.nonzero()[:, 0]
+        size = max(min(k, len(pool) - int(not itself)), 1)
+        candidates = unit[pool].T.contiguous()
+        place = torch.full((len(unit),), -1, device=unit.device)
+        place[pool] = torch.arange(len(pool), device=unit.device)
+        indices, values = [], []
+        for block in torch.arange(len(unit), device=unit.device).split(max(BLOCK // max(len(pool), 1), 1)):
+            similarity = unit[block] @ candidates
+            if not itself:
+                own = place[block]
+                similarity[(own >= 0).nonzero()[:, 0], own[own >= 0]] = -torch.inf
+            value, index = similarity.topk(size, dim=1)
+            indices.append(pool[index])
+            values.append(value)
+        near, how = torch.cat(indices), torch.cat(values)
+        return near, how if present is None else how * present[:, None]
+
+
+def cosines(rows: Tensor, near: Tensor) -> Tensor:
+    """Cosines of rows and their neighbours, with a gradient: (N, D), (N, K) -> (N, K)."""
+    unit = F.normalize(rows, dim=-1)
+    return (unit[:, None] * unit[near]).sum(-1)
+
+
+def item_graph(
+    features: np.ndarray, present: np.ndarray, *, k: int = 10, weighted: bool = False
+) -> sp.csr_matrix:
+    """A graph of each item's K nearest in frozen features, normalised: (I, D), (I,) bool -> (I, I) float32.
+
+    S = D^-1/2 A D^-1/2 with A_ij the cosine of i and j (``weighted``: Zhang et al. 2021 (LATTICE), eqs. 4 to 6) or 1
+    (Zhou and Shen 2023 (FREEDOM), eqs. 2 and 3) where j is among i's K nearest, i itself included, and D the row sums
+    of A. Directed: S is not symmetric. An item without these features has an empty row and is nobody's neighbour.
+    """
+    here = torch.from_numpy(np.array(present, dtype=bool))
+    near, how = nearest(torch.from_numpy(np.array(features, dtype=np.float32)), k, present=here)
+    values = how.clamp(min=0.0) if weighted else torch.ones_like(how)
+    rows = torch.arange(len(near)).repeat_interleave(near.shape[1])
+    keep = here[rows] & (values.flatten() > 0)
+    cells = values.flatten()[keep].numpy(), (rows[keep].numpy(), near.flatten()[keep].numpy())
+    return symmetric_degrees(sp.csr_matrix(cells, shape=(len(near), len(near))))
+
+
+def symmetric_degrees(matrix: sp.csr_matrix) -> sp.csr_matrix:
+    """D^-1/2 A D^-1/2 with D the row sums of A (N, N), float32; a row that sums to zero stays empty."""
+    degree = np.asarray(matrix.sum(axis=1)).ravel().astype(np.float64)
+    half = sp.diags(np.divide(1.0, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0))
+    return (half @ matrix @ half).tocsr().astype(np.float32)
+
+
+def user_graph(train: Interactions, *, k: int = 10) -> sp.csr_matrix:
+    """Each user's K companions: who took most of the same training items, (U, U), values the number in common.
+
+    Wang et al. 2021 (DualGNN), section 3.2.2. Blocks of users: R R^T is never held whole. Ties go to the lower user number.
+    A user who shares nothing has an empty row.
+    """
+    if k < 1:
+        raise DataError(f"k={k}: keep at least one neighbour")
+    r = train.csr.astype(np.float32)
+    back = r.T.tocsr()
+    rows, columns, values = [], [], []
+    for start in range(0, train.n_users, 1024):
+        common = (r[start : start + 1024] @ back).tocoo()
+        keep = common.row + start != common.col
+        row, column, value = common.row[keep] + start, common.col[keep], common.data[keep]
+        order = np.lexsort((column, -value, row))
+        row, column, value = row[order], column[order], value[order]
+        first = np.searchsorted(row, row, side="left")
+        keep = np.arange(len(row)) - first < k
+        rows.append(row[keep])
+        columns.append(column[keep])
+        values.append(value[keep])
+    cells = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    return sp.csr_matrix(cells, shape=(train.n_users, train.n_users), dtype=np.float32)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum over k of w_nk x_near(n,k) without an (N, K, D) array: (N, K), (N, K), (M, D) -> (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, near: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(near, weights, x)
+        return _rows(near, weights, len(x)) @ x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        near, weights, x = ctx.saved_tensors
+        of_weights = of_x = None
+        if ctx.needs_input_grad[1]:
+            of_weights = torch.stack([(grads[0] * x[near[:, k]]).sum(-1) for k in range(near.shape[1])], dim=1)
+        if ctx.needs_input_grad[2]:
+            of_x = _rows(near, weights, len(x)).t() @ grads[0]
+        return None, of_weights, of_x
+
+
+def _rows(near: Tensor, weights: Tensor, width: int) -> Tensor:
+    n, k = near.shape
+    starts = torch.arange(0, n * k + 1, k, device=near.device)
+    return torch.sparse_csr_tensor(
+        starts, near.flatten(), weights.detach().flatten(), (n, width), check_invariants=False
+    )
+
+
+def weighted_sum(near: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """Each row's sum over its K neighbours, with a gradient to the weights too: (N, K), (N, K), (M, D) -> (N, D).
+
+    What a *learned* graph multiplies by: out_n = sum over k of weights_nk x_near(n,k).
+    """
+    out: Tensor = _WeightedSum.apply(near, weights, x)
+    return out
