@@ -65,6 +65,91 @@ class Mean(nn.Module):
         return mean(vectors, present), present / present.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+class Sum(nn.Module):
+    """Added up: (B, M, D), (B, M) bool -> the sum of what is present (B, D), its weights (B, M), each 1."""
+
+    def __init__(self, dim: int, vectors: int):
+        super().__init__()
+
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        _check(vectors, present)
+        return vectors.masked_fill(~present[..., None], 0.0).sum(dim=1), present.to(vectors.dtype)
+
+
+class Max(nn.Module):
+    """The largest entry of each column: (B, M, D), (B, M) bool -> fused (B, D), weights (B, M).
+
+    fused_d = max over present m of v_md; the weight of a vector is the share of columns it gives. A row with none
+    present is exactly zero.
+    """
+
+    def __init__(self, dim: int, vectors: int):
+        super().__init__()
+        self.shape = (vectors, dim)
+
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        _check(vectors, present)
+        some = present.any(dim=1, keepdim=True)
+        # a row with none present is computed unmasked, then zeroed: -inf would be NaN in the backward
+        best, which = vectors.masked_fill(~present[..., None], 0.0).masked_fill(
+            ~(present | ~some)[..., None], float("-inf")
+        ).max(dim=1)
+        weights = nn.functional.one_hot(which, self.shape[0]).to(vectors.dtype).mean(dim=1)
+        return best * some, weights * some
+
+
+class Experts(nn.Module):
+    """Mixture of experts: (B, M, D), (B, M) bool -> fused (B, D), weights (B, M).
+
+    x = [v_1; ...; v_M; presence] with an absent v zero; of E linear experts those with the ``top`` largest gate logits
+    G x are kept, and fused = sum over them of softmax(G x)_e (W_e x + b_e), Shazeer et al. 2017, eqs. 1 and 5, without
+    the noise. The weights are those of presence, for a row has them an expert and not a vector. A row with none present
+    is exactly zero. Raises ``DataError`` for ``top`` outside 1..E.
+    """
+
+    def __init__(self, dim: int, vectors: int, *, experts: int = 4, top: int = 2):
+        super().__init__()
+        if not 1 <= top <= experts:
+            raise DataError(f"top={top}: between 1 and the {experts} experts")
+        width = vectors * (dim + 1)
+        self.top, self.gate = top, nn.Linear(width, experts)
+        self.experts = nn.ModuleList(nn.Linear(width, dim) for _ in range(experts))
+
+    def forward(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        _check(vectors, present)
+        flat = vectors.masked_fill(~present[..., None], 0.0).flatten(1)
+        x = torch.cat([flat, present.to(flat.dtype)], dim=1)
+        logits = self.gate(x)
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(self.top, dim=1).indices, True)
+        share = masked_softmax(logits, kept)
+        fused = sum(share[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+        return fused * present.any(dim=1, keepdim=True), present / present.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class Heuristic(nn.Module):
+    """A rule without parameters: what is known of an item decides how far its first vector, the ID, is trusted.
+
+    (B, M, D), (B, M) bool, counts (B,) -> fused (B, D), weights (B, M). The first vector has weight n / (n + ``half``)
+    with n the item's training events (without ``counts``: 1/2); the other present ones share the rest equally. Where
+    either side is absent the other has all of it; a row with none present is exactly zero. ``half`` is in events.
+    """
+
+    def __init__(self, dim: int, vectors: int, *, half: float = 10.0):
+        super().__init__()
+        self.half = half
+
+    def forward(self, vectors: Tensor, present: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _check(vectors, present)
+        own = torch.full(present.shape[:1], 0.5) if counts is None else counts / (counts + self.half)
+        own = own.to(vectors)[:, None]
+        first, rest = present[:, :1], present[:, 1:]
+        others = rest.any(dim=1, keepdim=True)
+        share = torch.where(others, own, 1.0) * first
+        left = torch.where(first, 1 - share, 1.0)
+        weights = torch.cat([share, left * rest / rest.sum(dim=1, keepdim=True).clamp(min=1)], dim=1)
+        return (weights[..., None] * vectors.masked_fill(~present[..., None], 0.0)).sum(dim=1), weights
+
+
 class Concat(nn.Module):
     """Side by side and through one linear map: (B, M, D), (B, M) bool -> fused (B, D), weights (B, M).
 
@@ -105,7 +190,16 @@ class Attentive(nn.Module):
         return (weights[..., None] * vectors).sum(dim=1), weights
 
 
-FUSIONS: dict[str, type[nn.Module]] = {"gate": Gate, "mean": Mean, "concat": Concat, "attentive": Attentive}
+FUSIONS: dict[str, type[nn.Module]] = {
+    "sum": Sum,
+    "mean": Mean,
+    "max": Max,
+    "concat": Concat,
+    "gate": Gate,
+    "attentive": Attentive,
+    "experts": Experts,
+    "heuristic": Heuristic,
+}
 
 
 def _check(vectors: Tensor, present: Tensor) -> None:

@@ -79,3 +79,66 @@ def test_other_shapes_are_refused(case):
         gate(vectors, present.long())
     with pytest.raises(DataError, match="expected"):
         gate(vectors[:, :2], present[:, :2])
+
+
+@pytest.fixture(params=list(fusion.FUSIONS))
+def fuse(request):
+    torch.manual_seed(1)
+    module = fusion.FUSIONS[request.param](D, M).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    return module
+
+
+def test_presence_masks_every_method(fuse, case):
+    _, vectors, present = case
+    fused, weights = fuse(vectors, present)
+    assert fused.shape == (B, D) and weights.shape == (B, M) and (weights[~present] == 0).all()
+    (gradient,) = torch.autograd.grad((fused**3).sum(), vectors)
+    assert (gradient[~present] == 0).all()
+    assert torch.equal(fuse(vectors.detach().masked_fill(~present[..., None], float("nan")), present)[0], fused)
+    fused, weights = fuse(vectors, torch.zeros_like(present))
+    assert (fused == 0).all() and (weights == 0).all()
+    gradients = torch.autograd.grad(fused.sum(), [vectors, *fuse.parameters()], allow_unused=True)
+    assert all(g is None or (g == 0).all() for g in gradients)
+    with pytest.raises(DataError, match="bool"):
+        fuse(vectors, present.long())
+
+
+def test_sum_and_max_are_of_the_present(case):
+    _, vectors, present = case
+    total, _ = fusion.Sum(D, M)(vectors, present)
+    best, weights = fusion.Max(D, M)(vectors, present)
+    for b in range(1, B):
+        rows = vectors[b][present[b]]
+        if len(rows):
+            torch.testing.assert_close(total[b], rows.sum(0))
+            torch.testing.assert_close(best[b], rows.amax(0))
+            assert weights[b].sum() == pytest.approx(1)
+
+
+def test_experts_are_their_formula_and_the_others_get_no_gradient(case):
+    _, vectors, present = case
+    torch.manual_seed(2)
+    module = fusion.Experts(D, M, experts=3, top=1).double()
+    fused, _ = module(vectors, present)
+    flat = vectors.detach().masked_fill(~present[..., None], 0.0).flatten(1)
+    x = torch.cat([flat, present.double()], 1)
+    best = module.gate(x).argmax(1)
+    for b in range(1, B):
+        expected = module.experts[int(best[b])](x[b]) * present[b].any()
+        torch.testing.assert_close(fused[b], expected)
+    used = {int(best[b]) for b in range(B) if present[b].any()}
+    fused.sum().backward()
+    assert {e for e, expert in enumerate(module.experts) if expert.weight.grad.abs().sum() > 0} == used
+    with pytest.raises(DataError, match="top=4"):
+        fusion.Experts(D, M, experts=3, top=4)
+
+
+def test_the_heuristic_trusts_the_id_of_an_item_with_events():
+    vectors = torch.eye(3).expand(4, 3, 3)
+    present = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    fused, weights = fusion.Heuristic(3, 3, half=10.0)(vectors, present, torch.tensor([30.0, 0.0, 5.0, 0.0]))
+    expected = torch.tensor([[0.75, 0.125, 0.125], [0.0, 1.0, 0.0], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(fused, expected)

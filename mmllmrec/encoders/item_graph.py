@@ -5,6 +5,7 @@ Legend: I items, U users, N rows of either, M modalities, K neighbours, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,19 @@ def item_graph(
     return symmetric_degrees(sp.csr_matrix(cells, shape=(len(near), len(near))))
 
 
+def mixed(graphs: Sequence[sp.csr_matrix], presence: np.ndarray, shares: np.ndarray) -> sp.csr_matrix:
+    """One graph of several: row i is the mean of its rows in the graphs of the modalities it has, weighed by ``shares``.
+
+    (I, I) a graph, (I, M) bool, (M,) -> (I, I). Where all are present it is sum over m of shares_m S_m; an item that
+    lacks a modality is as close to its neighbours by the others; one that has none has an empty row.
+    """
+    weights = np.asarray(presence, dtype=np.float64) * np.asarray(shares)[None]
+    total = weights.sum(axis=1, keepdims=True)
+    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    parts = [sp.diags(weights[:, m]) @ graph for m, graph in enumerate(graphs)]
+    return sp.csr_matrix(sum(parts[1:], parts[0]), dtype=np.float32)
+
+
 def symmetric_degrees(matrix: sp.csr_matrix) -> sp.csr_matrix:
     """D^-1/2 A D^-1/2 with D the row sums of A (N, N), float32; a row that sums to zero stays empty."""
     degree = np.asarray(matrix.sum(axis=1)).ravel().astype(np.float64)
@@ -103,6 +117,21 @@ def user_graph(train: Interactions, *, k: int = 10) -> sp.csr_matrix:
         values.append(value[keep])
     cells = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
     return sp.csr_matrix(cells, shape=(train.n_users, train.n_users), dtype=np.float32)
+
+
+def companions(train: Interactions, *, k: int = 40) -> sp.csr_matrix:
+    """``user_graph`` with weights that sum to 1: each user's softmax over the numbers in common, (U, U).
+
+    Wang et al. 2021 (DualGNN); also of DRAGON, COHESION. A user who shares nothing has an empty row. Departure: the
+    published code fills short lists up to K by drawing from them again, every epoch; here they are short.
+    """
+    graph = user_graph(train, k=k)
+    rows = np.repeat(np.arange(train.n_users), np.diff(graph.indptr))
+    top = np.full(train.n_users, -np.inf)
+    np.maximum.at(top, rows, graph.data)
+    weights = np.exp(graph.data - top[rows])
+    graph.data = (weights / np.bincount(rows, weights=weights, minlength=train.n_users)[rows]).astype(np.float32)
+    return graph
 
 
 class _WeightedSum(torch.autograd.Function):

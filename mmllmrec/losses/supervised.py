@@ -41,17 +41,21 @@ def mse(positive: Tensor, negative: Tensor) -> Tensor:
     return ((positive - 1).square().sum() + negative.square().sum()) / (positive.numel() + negative.numel())
 
 
-def bpr(positive: Tensor, negative: Tensor) -> Tensor:
+def bpr(positive: Tensor, negative: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Bayesian personalised ranking: a positive should score above its negatives.
 
     mean over b, k of -log sigmoid(positive_b - negative_bk), Rendle et al. 2009, section 4.1; (B,), (B, K) -> ().
-    The paper's regulariser is a term of its own (``l2``, ``embedding_norm``). At equal scores it is log 2.
+    ``mask`` (B, K) bool names the pairs that count; where none does it is 0, with gradient 0. The paper's regulariser
+    is a term of its own (``l2``, ``embedding_norm``). At equal scores it is log 2.
 
     >>> round(bpr(torch.zeros(3), torch.zeros(3, 2)).item(), 4)
     0.6931
     """
     _pairs("bpr", positive, negative)
-    return F.softplus(negative - positive[:, None]).mean()
+    each = F.softplus(negative - positive[:, None])
+    if mask is None:
+        return each.mean()
+    return (each * mask).sum() / mask.sum().clamp(min=1)
 
 
 def hinge(positive: Tensor, negative: Tensor, *, margin: float = 1.0) -> Tensor:

@@ -16,6 +16,22 @@ if TYPE_CHECKING:
     from mmllmrec.models.itemknn import ItemKNN
     from mmllmrec.models.lightgcn import LightGCN, LightGCNContent
     from mmllmrec.models.twostage import TwoStage
+    from mmllmrec.models.simgcl import SimGCL
+    from mmllmrec.models.layergcn import LayerGCN
+    from mmllmrec.models.selfcf import SelfCF
+    from mmllmrec.models.freedom import FREEDOM
+    from mmllmrec.models.bm3 import BM3
+    from mmllmrec.models.mgcn import MGCN
+    from mmllmrec.models.lgmrec import LGMRec
+    from mmllmrec.models.mmgcn import MMGCN
+    from mmllmrec.models.pgl import PGL
+    from mmllmrec.models.lattice import LATTICE
+    from mmllmrec.models.micro import MICRO
+    from mmllmrec.models.slmrec import SLMRec
+    from mmllmrec.models.dualgnn import DualGNN
+    from mmllmrec.models.dragon import DRAGON
+    from mmllmrec.models.mentor import MENTOR
+    from mmllmrec.models.cohesion import COHESION
     from mmllmrec.models.unified import Unified
     from mmllmrec.models.vbpr import VBPR
 
@@ -32,25 +48,26 @@ WHERE = {
     "DropoutNet": "dropoutnet",
     "ALDI": "aldi",
     "TwoStage": "twostage",
+    "SimGCL": "simgcl",
+    "LayerGCN": "layergcn",
+    "SelfCF": "selfcf",
+    "FREEDOM": "freedom",
+    "BM3": "bm3",
+    "MGCN": "mgcn",
+    "LGMRec": "lgmrec",
+    "MMGCN": "mmgcn",
+    "PGL": "pgl",
+    "LATTICE": "lattice",
+    "MICRO": "micro",
+    "SLMRec": "slmrec",
+    "DualGNN": "dualgnn",
+    "DRAGON": "dragon",
+    "MENTOR": "mentor",
+    "COHESION": "cohesion",
     "Unified": "unified",
 }
 
-__all__ = [
-    "ALDI",
-    "BPR",
-    "EASE",
-    "VBPR",
-    "AlphaRec",
-    "CLCRec",
-    "DropoutNet",
-    "ItemKNN",
-    "LightGCN",
-    "LightGCNContent",
-    "Recommender",
-    "TwoStage",
-    "Unified",
-    "classes",
-]
+__all__ = [*WHERE, "classes"]
 
 
 def __getattr__(name: str) -> Any:

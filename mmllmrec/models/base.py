@@ -75,6 +75,11 @@ class Recommender(nn.Module):
         """Named scalar terms, already weighted; ``fit`` minimises their sum. Every term has a gradient."""
         raise TypeError(f"{self.name} is computed in closed form: it has no loss to train")
 
+    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        """Called by ``fit`` before the first batch of an epoch: what a model draws or chooses once an epoch, such as a
+        view of the graph. ``rng`` depends on fit's seed and the epoch alone. ``resumed``: the run goes on within the
+        epoch, with the parameters and persistent buffers it had then. Nothing, by default."""
+
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """What the optimiser gets: one group of everything trainable, unless a model knows better."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "name": "all"}]

@@ -48,6 +48,8 @@ class ReadsFeatures(Recommender):
             raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
         self.modalities = features.modalities
         self.width = sum(features.widths.values())  # F; described has F + M columns
+        ends = np.cumsum(list(features.widths.values()))
+        self._columns = {m: slice(int(e) - d, int(e)) for e, (m, d) in zip(ends, features.widths.items(), strict=True)}
         self._use(features)
 
     def _use(self, features: FeatureTable) -> None:
@@ -64,10 +66,18 @@ class ReadsFeatures(Recommender):
             raise DataError(
                 f"{type(self).__name__}.with_catalog: the catalogue's items are not those of the training events"
             )
-        other = copy.copy(self)  # it shares parameters, not the features
-        other._buffers = dict(self._buffers)
+        other = copy.copy(self)  # it shares parameters, not the features, nor what is made of them
+        other._buffers, other._modules = dict(self._buffers), dict(self._modules)
         other._use(self.features.of(catalog, fit_on=self.train_data.item_counts > 0))
         return other.to(self.device)
+
+    def rows(self, modality: str) -> Tensor:
+        """The features of one modality, (I, D_m), an absent one zero."""
+        return self.frozen[:, self._columns[modality]]
+
+    def present(self, modality: str) -> Tensor:
+        """Which items have a modality, (I,) bool."""
+        return self.described[:, self.width + self.modalities.index(modality)] > 0
 
     def provenance(self) -> dict[str, Any]:
         """The hash of the features it reads."""
@@ -100,7 +110,8 @@ class ContentModel(ReadsFeatures, VectorModel):
     ``described`` adds a column a modality, 1 where it is present: the weights on it are a bias that only a present
     modality has, so that a network can tell an absent one from one with mean features.
     ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
-    train items. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
+    train items. Some published systems train the raw feature tables themselves: ``trained_features=True``, where a
+    model offers it. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
     it is given. With the softmax loss, items with the same features are not each other's negatives.
     Raises ``DataError`` without ``catalog`` and ``features``, and for features of another number of items.
     """
@@ -115,7 +126,24 @@ class ContentModel(ReadsFeatures, VectorModel):
         features: FeatureTable | None,
         feature_dim: int,
         loss: str,
+        trained_features: bool | None = None,
         **config: Any,
     ):
+        if trained_features is not None:
+            config["trained_features"] = trained_features
         super().__init__(train, loss=loss, feature_dim=feature_dim, **config)
         self._read(catalog, features, feature_dim)
+        if trained_features:
+            self.tables = nn.ParameterList(self.rows(m).clone() for m in self.modalities)
+
+    def rows(self, modality: str) -> Tensor:
+        if "tables" in self._modules:
+            return self.tables[self.modalities.index(modality)]
+        return super().rows(modality)
+
+    def with_catalog(self, catalog: Catalog) -> Self:
+        if "tables" in self._modules:
+            raise DataError(
+                f"{type(self).__name__}(trained_features=True) has trained its items' features: they are no catalogue's"
+            )
+        return super().with_catalog(catalog)

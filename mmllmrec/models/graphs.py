@@ -6,6 +6,7 @@ Legend: U users, I items, D width, K layers.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import Self
 
 from torch import Tensor, nn
@@ -14,6 +15,42 @@ from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.models.vectors import VectorModel
+
+
+@dataclass
+class Encoded:
+    """Vectors of all users (U, D) and items (I, D), and ``parts``: what else a step of training needs of the same pass."""
+
+    users: Tensor
+    items: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def pick(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
+        """Rows, as ``VectorModel.vectors`` gives them."""
+        return self.users[users], *(self.items[i] for i in items)
+
+
+class EncodedModel(VectorModel):
+    """A ``VectorModel`` whose vectors are computed all at once, with terms of its own beside the ranking one.
+
+    A subclass defines ``encode`` and, for more terms, ``auxiliary``, which sees the same pass.
+    """
+
+    @abstractmethod
+    def encode(self) -> Encoded:
+        """All vectors; in training mode with what the method drops or perturbs there."""
+
+    def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
+        """Further named terms of a batch, already weighted."""
+        return {}
+
+    def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
+        return self.encode().pick(users, *items)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of ``VectorModel.loss``, and ``auxiliary``'s."""
+        encoded = self.encode()
+        return self.ranking(batch, encoded.pick) | self.auxiliary(batch, encoded)
 
 
 class GraphModel(VectorModel):
@@ -45,10 +82,6 @@ class GraphModel(VectorModel):
 
     def _folded(self, users: Tensor, items: Tensor) -> Tensor:
         return users  # the graph has done it
-
-    def _trained(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of IDs (U, D), (I, D), those that no training event moved at zero: absent."""
-        return users * self.known[:, None], items * self.warm[:, None]
 
 
 class IDGraph(GraphModel):

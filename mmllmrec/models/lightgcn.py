@@ -38,7 +38,7 @@ class LightGCN(IDGraph):
     def own(self) -> tuple[Tensor, Tensor]:
         if self.history is None:
             return self.users.weight, self.items.weight
-        return self._trained(self.users.weight, self.items.weight)
+        return self.trained(self.users.weight, self.items.weight)
 
 
 class LightGCNContent(IDGraph, ContentModel):
@@ -75,7 +75,7 @@ class LightGCNContent(IDGraph, ContentModel):
         self.graph = LightGraph(train, layers=layers)
 
     def own(self) -> tuple[Tensor, Tensor]:
-        users, ids = self._trained(self.users.weight, self.items.weight)
+        users, ids = self.trained(self.users.weight, self.items.weight)
         if self.training and self.id_dropout:
             ids = ids * (torch.rand(len(ids), 1, device=ids.device) >= self.id_dropout)
         return users, ids + self.project(self.frozen)

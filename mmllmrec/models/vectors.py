@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,6 +21,7 @@ from mmllmrec import losses
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch, InBatch, in_batch
 from mmllmrec.encoders.heads import unit
+from mmllmrec.losses import embedding_norm
 from mmllmrec.models.base import Recommender
 
 # what ``fit`` gets for the cold-start rivals: chosen on Atelier's validation part, split seed 0
@@ -48,7 +51,7 @@ class VectorModel(Recommender):
     """A recommender that gives each user and each item a vector, trainable with BPR or with the softmax.
 
     ``loss="bpr"``: score(u, i) = p_u . q_i, one sampled negative a positive, and ``reg`` times
-    ``losses.embedding_norm`` of what ``penalised`` names. ``loss="softmax"``: score(u, i) = cos(p_u, q_i) /
+    ``penalty`` (``losses.embedding_norm``) of what ``penalised`` names. ``loss="softmax"``: score(u, i) = cos(p_u, q_i) /
     temperature, learned, with ``cosine_softmax``; no negative is sampled and ``reg`` does nothing, since a cosine has
     no norms to penalise. There, a user without an event, and in a model that reads no content an item without one, is
     a zero vector: its ID is absent. A subclass defines ``vectors``. Raises ``DataError`` for a loss that is not among
@@ -56,6 +59,7 @@ class VectorModel(Recommender):
     """
 
     losses: ClassVar[tuple[str, ...]] = ("bpr", "softmax")  # the published one first
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(embedding_norm)  # of BPR, times ``reg``
     known: Tensor  # (U,) users, and warm (I,) items, with a training event
     warm: Tensor
     user_present: Tensor  # (U,) and (I,) whose vector there is, with the events at hand
@@ -66,7 +70,7 @@ class VectorModel(Recommender):
         super().__init__(train, loss=loss, **config)
         if loss not in self.losses:
             raise DataError(f"loss={loss!r}: {type(self).__name__} has {self.losses}")
-        self.loss_name, self.negatives = loss, int(loss != "softmax")
+        self.loss_name, self.negatives = loss, int(loss not in ("softmax", "bootstrap"))
         self.reg = float(config.get("reg", 0.0))
         self.log_scale = temperature_start() if loss == "softmax" else None
         self.history: sparse.csr_matrix | None = None
@@ -90,6 +94,10 @@ class VectorModel(Recommender):
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         """Rows of some users, and of one or more lists of items: (B,), (C,), ... -> (B, D), (C, D), ..."""
 
+    def trained(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of IDs (U, D), (I, D), those that no training event moved at zero: absent."""
+        return users * self.known[:, None], items * self.warm[:, None]
+
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
         """What BPR's penalty weighs: the batch's ``vectors`` (users, items, negatives), unless a model knows better."""
         return rows
@@ -104,16 +112,40 @@ class VectorModel(Recommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``{"bpr", "reg"}`` or ``{"softmax"}``, as the class's docstring says."""
+        return self.ranking(batch, self.vectors)
+
+    def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """The main term of a batch, of rows that ``vectors`` gives, and BPR's penalty."""
         if self.log_scale is not None:
-            found = in_batch(self.train_data, batch, same=self.same)
-            p, q = self.vectors(batch.users, found.items)
-            return {"softmax": cosine_softmax(unit(p), unit(q), found, log_scale=self.log_scale)}
+            return {"softmax": self.ranked(batch, vectors)}
         assert batch.negatives is not None
-        u, i, j = self.vectors(batch.users, batch.items, batch.negatives)
-        terms = {"bpr": losses.bpr((u * i).sum(-1), (u[:, None] * j).sum(-1))}
+        rows = vectors(batch.users, batch.items, batch.negatives)
+        terms = {"bpr": _bpr(*rows)}
         if self.reg:
-            terms["reg"] = self.reg * losses.embedding_norm(*self.penalised(batch, u, i, j))
+            terms["reg"] = self.reg * self.penalty(*self.penalised(batch, *rows))
         return terms
+
+    def ranked(
+        self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]], *, present: Tensor | None = None
+    ) -> Tensor:
+        """BPR or the softmax, whichever is the model's, of rows that ``vectors`` gives: a scalar.
+
+        ``present`` (I,) bool are the items that have such a vector: only they are positives, negatives and candidates;
+        a batch without a pair of them costs 0.
+        """
+        if self.log_scale is None:
+            assert batch.negatives is not None
+            rows = vectors(batch.users, batch.items, batch.negatives)
+            return _bpr(*rows, mask=None if present is None else present[batch.items, None] & present[batch.negatives])
+        found = in_batch(self.train_data, batch, same=self.same)
+        p, q = vectors(batch.users, found.items)
+        if present is None:
+            return cosine_softmax(unit(p), unit(q), found, log_scale=self.log_scale)
+        some = present[batch.items]
+        if not bool(some.any()):
+            return (p.sum() + q.sum()) * 0.0
+        kept = replace(found, target=found.target[some], mask=(found.mask | ~present[found.items])[some])
+        return cosine_softmax(unit(p[some]), unit(q), kept, log_scale=self.log_scale)
 
     def log_candidates(self, batch: Batch) -> float:
         """log of the number of candidates a positive is picked from: the loss of a model that knows nothing."""
@@ -146,6 +178,10 @@ class VectorModel(Recommender):
             return users
         changed = torch.from_numpy(np.diff((self.history != self.train_data.csr).tocsr().indptr) > 0).to(users.device)
         return torch.where(changed[:, None], means_of(self.history, items), users)
+
+
+def _bpr(u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    return losses.bpr((u * i).sum(-1), (u[:, None] * j).sum(-1), mask=mask)
 
 
 def means_of(events: sparse.csr_matrix, items: Tensor) -> Tensor:

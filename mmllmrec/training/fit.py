@@ -250,6 +250,7 @@ def fit(
         else:
             batches = item_blocks(split.train, size=item_batch, rng=rng)
         learner.train()
+        learner.begin_epoch(generator(seed, "views", number), resumed=state["step"] > 0)
         for position, batch in enumerate(batches):
             if position < state["step"]:
                 continue

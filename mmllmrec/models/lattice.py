@@ -1,0 +1,84 @@
+"""LATTICE: item-item structure mined from content while the recommender trains.
+
+Legend: U users, I items, M modalities, D width, F_m width of a modality's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import Interactions
+from mmllmrec.encoders.heads import unit
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.fusion import masked_softmax
+from mmllmrec.losses import l2
+from mmllmrec.models.graphs import Encoded
+from mmllmrec.models.multimodal import LearnedGraph, MultimodalModel
+
+
+class LATTICE(MultimodalModel):
+    """Items' IDs smoothed over a learned graph of alike items, added to LightGCN's output at unit length.
+
+    Zhang et al. 2021 (arXiv 2104.09036). A graph a modality, frozen and learned (``LearnedGraph``, ``keep`` the share of
+    the frozen one), mixed by learned weights alpha: h = sum over m of alpha_m A_m ... A_m Q, q_i = LightGCN(i) + h_i /
+    |h_i|. BPR, and ``reg`` times ``losses.l2`` of the batch's final vectors. The weights are a softmax over the
+    modalities that an item has. Departures: LightGCN's graph is the usual one (published: self-loops and row means);
+    features are frozen (``trained_features=True`` trains the tables, as published); see ``LearnedGraph``.
+    """
+
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
+    graphs = "modal"
+    weighted = True
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None = None,
+        features: FeatureTable | None = None,
+        dim: int = 64,
+        layers: int = 2,
+        item_layers: int = 1,
+        neighbours: int = 10,
+        keep: float = 0.9,
+        reg: float = 1e-4,
+        feature_dim: int = 64,
+        trained_features: bool = False,
+        loss: str = "bpr",
+    ):
+        super().__init__(
+            train,
+            catalog=catalog,
+            features=features,
+            dim=dim,
+            layers=layers,
+            item_layers=item_layers,
+            neighbours=neighbours,
+            keep=keep,
+            reg=reg,
+            feature_dim=feature_dim,
+            trained_features=trained_features,
+            loss=loss,
+        )
+        self.item_layers = item_layers
+        self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
+        self.mixture = nn.Parameter(torch.zeros(len(self.modalities)))
+
+    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        if not resumed:
+            self.learned.choose(self)
+
+    def encode(self) -> Encoded:
+        users, items = self.ids()
+        weights = masked_softmax(self.mixture.expand(self.n_items, -1), self.all_present())
+        layer = items
+        for _ in range(self.item_layers):
+            layer = (weights[..., None] * torch.stack(self.learned(self, layer), dim=1)).sum(dim=1)
+        out_users, out_items = self.graph(users, items)
+        return Encoded(out_users, out_items + unit(layer))

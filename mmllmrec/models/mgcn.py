@@ -1,0 +1,115 @@
+"""MGCN: content as a gate on IDs, propagated apart from behaviour, and as much of each as behaviour asks for.
+
+Legend: U users, I items, N = U + I nodes, M modalities, D width, F_m width of a modality's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmllmrec import losses as loss_functions
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import Interactions
+from mmllmrec.data.sampling import Batch
+from mmllmrec.encoders.graph import Propagation, normalised_events
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.fusion import masked_softmax
+from mmllmrec.models.graphs import Encoded
+from mmllmrec.models.multimodal import MultimodalModel
+
+
+class MGCN(MultimodalModel):
+    """Purified content on item graphs, behaviour on the user-item graph, and a fuser that behaviour steers.
+
+    Yu et al. 2023 (arXiv 2308.03588). E_m = S_m (Q * sigmoid(G_m W_m x_m)): the IDs, gated by content, over the graph of
+    each item's ``neighbours`` nearest in m, weighed by their cosines; users have the mean of their items' by R (the
+    normalised events). C = LightGCN's encoder. With weights w_m = softmax over m of q . tanh(W E_m): shared
+    H = sum of w_m E_m, specific T_m = sigmoid(K_m C) * (E_m - H), side Y = (H + sum of T_m) / (M + 1), and score
+    (C + Y)_u . (C + Y)_i. BPR, ``reg`` times ``losses.l2`` of the batch's final vectors, and ``contrast_weight`` times
+    the InfoNCE of Y against C among the batch's users, and among its items. A modality an item lacks has weight 0 and
+    no specific part there. Departures: features are frozen (``trained_features=True`` trains the tables, as published);
+    nodes are de-duplicated before the contrast.
+    """
+
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(loss_functions.l2)
+    graphs = "modal"
+    weighted = True
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None = None,
+        features: FeatureTable | None = None,
+        dim: int = 64,
+        layers: int = 2,
+        neighbours: int = 10,
+        contrast_weight: float = 0.01,
+        temperature: float = 0.2,
+        reg: float = 1e-4,
+        feature_dim: int = 64,
+        trained_features: bool = False,
+        loss: str = "bpr",
+    ):
+        super().__init__(
+            train,
+            catalog=catalog,
+            features=features,
+            dim=dim,
+            layers=layers,
+            neighbours=neighbours,
+            contrast_weight=contrast_weight,
+            temperature=temperature,
+            reg=reg,
+            feature_dim=feature_dim,
+            trained_features=trained_features,
+            loss=loss,
+        )
+        self.contrast_weight, self.temperature = contrast_weight, temperature
+        self.maps = self.linear_each(dim)
+        self.purifiers = nn.ModuleList(nn.Linear(dim, dim) for _ in self.modalities)
+        self.preferences = nn.ModuleList(nn.Linear(dim, dim) for _ in self.modalities)
+        self.attention = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias=False))
+        self.events = Propagation(normalised_events(train))
+
+    def encode(self) -> Encoded:
+        ids = self.ids()
+        behaviour = torch.cat(self.graph(*ids))
+        views = []
+        for told, gate, graph in zip(self.through(self.maps), self.purifiers, self.modal_graphs, strict=True):
+            items = graph(ids[1] * torch.sigmoid(gate(told)))
+            views.append(torch.cat([self.events(items), items]))
+        side = self.fused(torch.stack(views, dim=1), behaviour)
+        users, items = (behaviour + side).split([self.n_users, self.n_items])
+        return Encoded(users, items, {"behaviour": behaviour, "side": side})
+
+    def fused(self, views: Tensor, behaviour: Tensor) -> Tensor:
+        """Side vectors of all nodes: (N, M, D), (N, D) -> (N, D)."""
+        everyone = torch.ones(self.n_users, len(self.modalities), dtype=torch.bool, device=views.device)
+        present = torch.cat([everyone, self.all_present()])
+        weights = masked_softmax(self.attention(views)[..., 0], present)
+        shared = (weights[..., None] * views).sum(dim=1)
+        specific = [
+            torch.sigmoid(preference(behaviour)) * (views[:, m] - shared) * present[:, m, None]
+            for m, preference in enumerate(self.preferences)
+        ]
+        return (shared + torch.stack(specific).sum(dim=0)) / (len(specific) + 1)
+
+    def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
+        """``contrast``: what content says of a node, and what behaviour says."""
+        if not self.contrast_weight:
+            return {}
+        terms = [
+            loss_functions.info_nce(
+                encoded.parts["side"][nodes],
+                encoded.parts["behaviour"][nodes],
+                temperature=self.temperature,
+                both_ways=False,
+            )
+            for nodes in (batch.users.unique(), batch.items.unique() + self.n_users)
+        ]
+        return {"contrast": self.contrast_weight * torch.stack(terms).sum()}

@@ -1,0 +1,229 @@
+"""What the multimodal systems of the literature have in common: IDs, frozen features, and graphs of both.
+
+Legend: B batch, U users, I items, N = U + I nodes, M modalities, D width, F_m width of a modality's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.data.sampling import Batch
+from mmllmrec.encoders.graph import LightGraph, Propagation, normalised_adjacency
+from mmllmrec.encoders.item_graph import cosines, item_graph, mixed, nearest, weighted_sum
+from mmllmrec.encoders.views import keep_edges
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.content import ContentModel
+from mmllmrec.models.graphs import EncodedModel
+
+
+class MultimodalModel(EncodedModel, ContentModel):
+    """An ``EncodedModel`` that reads frozen features, with the parts that its subclasses share.
+
+    ``users``, ``items``: embeddings of IDs, Xavier-uniform, where a system has them (``ids``); those that no training
+    event moved are absent, zero. ``graph``: LightGCN's encoder on the training events, ``layers`` deep. ``item_graph``:
+    a frozen graph of items alike in features, all modalities mixed, and ``modal_graphs`` one a modality, where a
+    subclass asks for them by ``config["neighbours"]``; they are made of the features at hand, also in ``with_catalog``.
+    """
+
+    with_item_ids: bool = True
+    graphs: str = ""  # "mixed", "modal" or "": which item graphs a system has
+    weighted: bool = False  # whether an item graph's edges are cosines, or all alike
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None,
+        features: FeatureTable | None,
+        dim: int,
+        layers: int,
+        **config: Any,
+    ):
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}  # as JSON gives it back
+        super().__init__(train, catalog=catalog, features=features, dim=dim, layers=layers, **plain)
+        self.dim = dim
+        if self.with_item_ids:
+            self.users, self.items = nn.Embedding(self.n_users, dim), nn.Embedding(self.n_items, dim)
+            for table in (self.users, self.items):
+                nn.init.xavier_uniform_(table.weight)
+        self.graph = LightGraph(train, layers=layers)
+
+    def _use(self, features: FeatureTable) -> None:
+        super()._use(features)
+        if not self.graphs:
+            return
+        k = int(self.config["neighbours"])
+        each = [
+            item_graph(features.tables[m], features.presence[:, column], k=k, weighted=self.weighted)
+            for column, m in enumerate(features.modalities)
+        ]
+        if self.graphs == "modal":
+            self.modal_graphs = nn.ModuleList(Propagation(matrix) for matrix in each)
+        else:
+            shares = _shares(self.config.get("shares"), len(each))
+            self.item_graph = Propagation(mixed(each, features.presence, shares))
+
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of users (U, D) and items (I, D), zero where no training event moved them."""
+        return self.trained(self.users.weight, self.items.weight)
+
+    def all_present(self) -> Tensor:
+        """Who has what: (I, M) bool."""
+        return torch.stack([self.present(m) for m in self.modalities], dim=1)
+
+    def linear_each(self, dim: int, *, bias: bool = True) -> nn.ModuleList:
+        """A linear map a modality, F_m -> dim."""
+        return nn.ModuleList(nn.Linear(self.features.widths[m], dim, bias=bias) for m in self.modalities)
+
+    def through(self, maps: Sequence[Callable[[Tensor], Tensor]] | nn.ModuleList) -> list[Tensor]:
+        """Each modality's features through its map, (I, dim) a modality; an absent one is exactly zero."""
+        return [
+            layer(self.rows(m)) * self.present(m)[:, None] for m, layer in zip(self.modalities, maps, strict=True)
+        ]
+
+
+class ModalEncoder(nn.Module):
+    """A user table and a two-layer map of one modality's features, on the user-item graph: -> (U, D), (I, D).
+
+    X = rows of [P; W_2 act(W_1 x)] at unit length; X + A X + A^2 X + ... for ``layers`` products, a sum. The encoder of
+    DualGNN (Wang et al. 2021), DRAGON (Zhou et al. 2023), MENTOR (Xu et al. 2025). An item without the modality is
+    zero at the start, and what its users make of it afterwards.
+    """
+
+    def __init__(self, users: int, width: int, *, dim: int, hidden: int, layers: int):
+        super().__init__()
+        self.preference = nn.Parameter(torch.empty(users, dim))
+        nn.init.xavier_normal_(self.preference)
+        self.map = nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU(), nn.Linear(hidden, dim))
+        self.layers = layers
+
+    def forward(
+        self, rows: Tensor, present: Tensor, known: Tensor, propagation: Propagation, *, noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """``noise``: the length of a random vector in each node's orthant, added after every product (``SimGCL``)."""
+        users = F.normalize(self.preference, dim=-1) * known[:, None]
+        layer = torch.cat([users, F.normalize(self.map(rows), dim=-1) * present[:, None]])
+        total = layer
+        for _ in range(self.layers):
+            layer = propagation(layer)
+            if noise:
+                layer = layer + noise * torch.sign(layer) * F.normalize(torch.rand_like(layer), dim=-1)
+            total = total + layer
+        first, second = total.split([len(users), len(rows)])
+        return first, second
+
+
+class ModalModel(MultimodalModel):
+    """A ``MultimodalModel`` without item IDs: a ``ModalEncoder`` a modality, and users with weights of their own.
+
+    ``personal`` (U, M), free, about 1 / M at the start: how much each user heeds each modality. Under BPR ``reg`` weighs
+    the mean squares of the batch's preferences and of ``personal``.
+    """
+
+    with_item_ids = False
+
+    def __init__(self, train: Interactions, *, dim: int, hidden: int, layers: int, **config: Any):
+        super().__init__(train, dim=dim, hidden=hidden, layers=layers, **config)
+        self.encoders = self.modal_encoders()
+        self.personal = nn.Parameter(nn.init.xavier_normal_(torch.empty(self.n_users, len(self.modalities))))
+        self.personal.data = torch.softmax(self.personal.data, dim=1)
+
+    def modal_encoders(self) -> nn.ModuleList:
+        """A new ``ModalEncoder`` a modality."""
+        size = {"dim": self.dim, "hidden": int(self.config["hidden"]), "layers": int(self.config["layers"])}
+        widths = self.features.widths
+        return nn.ModuleList(ModalEncoder(self.n_users, widths[m], **size) for m in self.modalities)
+
+    def each(self, encoders: nn.ModuleList, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Every modality's users and items: (U, M, D), (I, M, D)."""
+        found = [
+            encoder(self.rows(m), self.present(m), self.known, self.graph.propagation, noise=noise)
+            for m, encoder in zip(self.modalities, encoders, strict=True)
+        ]
+        return torch.stack([u for u, _ in found], dim=1), torch.stack([i for _, i in found], dim=1)
+
+    def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        terms = {self.loss_name: self.ranked(batch, vectors)}
+        if self.reg and self.loss_name == "bpr":
+            squares = [e.preference[batch.users].square().mean() for e in self.encoders]  # type: ignore[union-attr, operator]
+            terms["reg"] = self.reg * torch.stack([*squares, self.personal.square().mean()]).sum()
+        return terms
+
+
+class LearnedGraph(nn.Module):
+    """Item graphs that are learned: a modality's frozen one, and one of what a linear map makes of its features.
+
+    A_m = keep S_m + (1 - keep) L(cosines of W_m x to the ``neighbours`` nearest), S_m the same graph of x itself and L
+    the normalisation by row sums (``encoders.item_graph``): Zhang et al. 2021 (LATTICE, arXiv 2104.09036), negative
+    cosines cut at 0 as in the paper. Who is near is chosen once an epoch (``choose``), how near is computed, with a
+    gradient, in every step; the published code computes both in an epoch's first step alone.
+    """
+
+    def __init__(self, model: MultimodalModel, *, dim: int, neighbours: int, keep: float):
+        super().__init__()
+        self.keep, self.k = keep, neighbours
+        self.maps = model.linear_each(dim)
+        for column in range(len(model.modalities)):
+            size = min(neighbours, max(int(model.all_present()[:, column].sum()), 1))
+            self.register_buffer(f"near{column}", torch.zeros(model.n_items, size, dtype=torch.long))
+        self.choose(model)
+
+    @torch.no_grad()
+    def choose(self, model: MultimodalModel) -> None:
+        """Choose each item's neighbours by the maps as they are."""
+        for column, near in enumerate(self._nearest(model)):
+            self.get_buffer(f"near{column}").copy_(near)
+
+    def _nearest(self, model: MultimodalModel) -> list[Tensor]:
+        told = model.through(self.maps)
+        return [nearest(x, self.k, present=model.present(m))[0] for m, x in zip(model.modalities, told, strict=True)]
+
+    def forward(self, model: MultimodalModel, x: Tensor) -> list[Tensor]:
+        """x (I, D) over each modality's graph: a list of (I, D). Neighbours are chosen anew outside training."""
+        told = model.through(self.maps)
+        chosen = [self.get_buffer(f"near{c}") for c in range(len(told))] if self.training else self._nearest(model)
+        found = []
+        for m, rows, near, frozen in zip(model.modalities, told, chosen, model.modal_graphs, strict=True):
+            present = model.present(m)
+            values = cosines(rows, near).clamp(min=0.0) * (present[:, None] & present[near])
+            half = values.sum(dim=1).clamp(min=1e-12).rsqrt() * present
+            learned = weighted_sum(near, values * half[:, None] * half[near], x)
+            found.append(self.keep * frozen(x) + (1 - self.keep) * learned)
+        return found
+
+
+class PrunedGraph(EncodedModel):
+    """A model that trains on a sample of the training events, drawn anew every epoch, and is used on all of them.
+
+    ``prune`` is the share of events left out, those between popular nodes first (``encoders.views.keep_edges``).
+    """
+
+    prune: float
+    sampled: Propagation | None = None
+
+    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        if self.prune > 0:
+            kept = keep_edges(self.train_data, 1 - self.prune, rng=rng, by_degree=True)
+            adjacency = normalised_adjacency(self.train_data, keep=kept)
+            self.sampled = Propagation(adjacency, symmetric=True).to(self.device)
+
+    @property
+    def through_graph(self) -> Propagation | None:
+        """The epoch's sample in training; None, all events, elsewhere."""
+        return self.sampled if self.training else None
+
+
+def _shares(given: Sequence[float] | None, modalities: int) -> np.ndarray:
+    if given is None:
+        return np.full(modalities, 1 / modalities)
+    if len(given) != modalities or min(given) < 0 or sum(given) <= 0:
+        raise DataError(f"shares={list(given)}: give one a modality, {modalities} here, none below 0 and one above")
+    return np.asarray(given, dtype=np.float64) / sum(given)
