@@ -117,6 +117,15 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "COHESION, softmax": lambda train, catalog: models.COHESION(
         train, catalog=catalog, dim=5, hidden=7, neighbours=3, prune=0.3, feature_dim=3, loss="softmax"
     ),
+    "GRCN": lambda train, catalog: models.GRCN(train, catalog=catalog, dim=5, feature_dim=3),
+    "GRCN, softmax": lambda train, catalog: models.GRCN(
+        train, catalog=catalog, dim=5, routing=0, prune_edges=False, feature_dim=3, loss="softmax"
+    ),
+    "SMORE": lambda train, catalog: models.SMORE(train, catalog=catalog, dim=6, neighbours=3, feature_dim=3),
+    "SMORE, softmax": lambda train, catalog: models.SMORE(
+        train, catalog=catalog, dim=6, neighbours=3, dropout=0.1, feature_dim=3, loss="softmax"
+    ),
+    "AlignRec": lambda train, catalog: models.AlignRec(train, catalog=catalog, dim=5, neighbours=3, feature_dim=3),
     "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
     "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
 }

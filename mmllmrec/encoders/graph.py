@@ -77,6 +77,11 @@ class Propagation(nn.Module):
         """The matrix as a sparse CSR tensor (N, M) over the same memory."""
         return self._csr("", self.shape)
 
+    def sparse(self) -> sp.csr_matrix:
+        """The matrix as SciPy has it, on the CPU."""
+        values, columns, starts = (self.get_buffer(n).cpu().numpy() for n in ("values", "columns", "starts"))
+        return sp.csr_matrix((values, columns, starts), shape=self.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix()
         back = matrix if self.symmetric else self._csr("back_", self.shape[::-1])

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from mmllmrec.models.dragon import DRAGON
     from mmllmrec.models.mentor import MENTOR
     from mmllmrec.models.cohesion import COHESION
+    from mmllmrec.models.grcn import GRCN
+    from mmllmrec.models.smore import SMORE
+    from mmllmrec.models.alignrec import AlignRec
     from mmllmrec.models.unified import Unified
     from mmllmrec.models.vbpr import VBPR
 
@@ -64,6 +67,9 @@ WHERE = {
     "DRAGON": "dragon",
     "MENTOR": "mentor",
     "COHESION": "cohesion",
+    "GRCN": "grcn",
+    "SMORE": "smore",
+    "AlignRec": "alignrec",
     "Unified": "unified",
 }
 

@@ -11,15 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmllmrec import losses as loss_functions
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
+from mmllmrec.losses import l2
 from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.multimodal import MultimodalModel, side_contrast
 
 
 class MGCN(MultimodalModel):
@@ -35,7 +35,7 @@ class MGCN(MultimodalModel):
     nodes are de-duplicated before the contrast.
     """
 
-    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(loss_functions.l2)
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
     graphs = "modal"
     weighted = True
 
@@ -69,7 +69,6 @@ class MGCN(MultimodalModel):
             trained_features=trained_features,
             loss=loss,
         )
-        self.contrast_weight, self.temperature = contrast_weight, temperature
         self.maps = self.linear_each(dim)
         self.purifiers = nn.ModuleList(nn.Linear(dim, dim) for _ in self.modalities)
         self.preferences = nn.ModuleList(nn.Linear(dim, dim) for _ in self.modalities)
@@ -101,15 +100,4 @@ class MGCN(MultimodalModel):
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``contrast``: what content says of a node, and what behaviour says."""
-        if not self.contrast_weight:
-            return {}
-        terms = [
-            loss_functions.info_nce(
-                encoded.parts["side"][nodes],
-                encoded.parts["behaviour"][nodes],
-                temperature=self.temperature,
-                both_ways=False,
-            )
-            for nodes in (batch.users.unique(), batch.items.unique() + self.n_users)
-        ]
-        return {"contrast": self.contrast_weight * torch.stack(terms).sum()}
+        return side_contrast(self, batch, encoded)

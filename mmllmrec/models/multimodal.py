@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
@@ -21,7 +22,7 @@ from mmllmrec.encoders.item_graph import cosines, item_graph, mixed, nearest, we
 from mmllmrec.encoders.views import keep_edges
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel
-from mmllmrec.models.graphs import EncodedModel
+from mmllmrec.models.graphs import Encoded, EncodedModel
 
 
 class MultimodalModel(EncodedModel, ContentModel):
@@ -219,6 +220,23 @@ class PrunedGraph(EncodedModel):
     def through_graph(self) -> Propagation | None:
         """The epoch's sample in training; None, all events, elsewhere."""
         return self.sampled if self.training else None
+
+
+def side_contrast(model: MultimodalModel, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
+    """InfoNCE of the batch's distinct nodes, ``side`` against ``behaviour``, one way, users and items apart."""
+    weight = float(model.config["contrast_weight"])
+    if not weight:
+        return {}
+    terms = [
+        losses.info_nce(
+            encoded.parts["side"][nodes],
+            encoded.parts["behaviour"][nodes],
+            temperature=float(model.config["temperature"]),
+            both_ways=False,
+        )
+        for nodes in (batch.users.unique(), batch.items.unique() + model.n_users)
+    ]
+    return {"contrast": weight * torch.stack(terms).sum()}
 
 
 def _shares(given: Sequence[float] | None, modalities: int) -> np.ndarray:
