@@ -91,9 +91,11 @@ class Max(nn.Module):
         _check(vectors, present)
         some = present.any(dim=1, keepdim=True)
         # a row with none present is computed unmasked, then zeroed: -inf would be NaN in the backward
-        best, which = vectors.masked_fill(~present[..., None], 0.0).masked_fill(
-            ~(present | ~some)[..., None], float("-inf")
-        ).max(dim=1)
+        best, which = (
+            vectors.masked_fill(~present[..., None], 0.0)
+            .masked_fill(~(present | ~some)[..., None], float("-inf"))
+            .max(dim=1)
+        )
         weights = nn.functional.one_hot(which, self.shape[0]).to(vectors.dtype).mean(dim=1)
         return best * some, weights * some
 

@@ -155,8 +155,9 @@ def test_pointwise_and_pairwise_losses_are_their_formulas(name):
     flat = [v for row in no for v in row]
     zero = torch.zeros((), dtype=torch.float64)
     naive = {
-        "bce": lambda: (sum(torch.log1p(torch.exp(-v)) for v in yes) + sum(torch.log1p(torch.exp(v)) for v in flat))
-        / (B + B * K),
+        "bce": lambda: (
+            (sum(torch.log1p(torch.exp(-v)) for v in yes) + sum(torch.log1p(torch.exp(v)) for v in flat)) / (B + B * K)
+        ),
         "mse": lambda: (sum((v - 1) ** 2 for v in yes) + sum(v**2 for v in flat)) / (B + B * K),
         "hinge": lambda: sum(torch.maximum(zero, 1 - yes[b] + v) for b in range(B) for v in no[b]) / (B * K),
         "adaptive_hinge": lambda: sum(torch.maximum(zero, 1 - yes[b] + max(no[b])) for b in range(B)) / B,

@@ -139,9 +139,7 @@ class LightGraph(nn.Module):
         self.sizes = [train.n_users, train.n_items]
         self.propagation = Propagation(normalised_adjacency(train), symmetric=True)
 
-    def forward(
-        self, users: Tensor, items: Tensor, *, through: Propagation | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
         propagation = self.propagation if through is None else through
         x = torch.cat([users, items])
         total = x

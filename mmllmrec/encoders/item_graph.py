@@ -55,9 +55,7 @@ def cosines(rows: Tensor, near: Tensor) -> Tensor:
     return (unit[:, None] * unit[near]).sum(-1)
 
 
-def item_graph(
-    features: np.ndarray, present: np.ndarray, *, k: int = 10, weighted: bool = False
-) -> sp.csr_matrix:
+def item_graph(features: np.ndarray, present: np.ndarray, *, k: int = 10, weighted: bool = False) -> sp.csr_matrix:
     """A graph of each item's K nearest in frozen features, normalised: (I, D), (I,) bool -> (I, I) float32.
 
     S = D^-1/2 A D^-1/2 with A_ij the cosine of i and j (``weighted``: Zhang et al. 2021 (LATTICE), eqs. 4 to 6) or 1
@@ -96,27 +94,33 @@ def symmetric_degrees(matrix: sp.csr_matrix) -> sp.csr_matrix:
 def user_graph(train: Interactions, *, k: int = 10) -> sp.csr_matrix:
     """Each user's K companions: who took most of the same training items, (U, U), values the number in common.
 
-    Wang et al. 2021 (DualGNN), section 3.2.2. Blocks of users: R R^T is never held whole. Ties go to the lower user number.
-    A user who shares nothing has an empty row.
+    Wang et al. 2023 (DualGNN). Ties go to the lower user number; a user who shares nothing has an empty row. Raises
+    ``DataError`` for ``k`` below 1.
+    """
+    return top_of_rows(train.csr.astype(np.float32), k=k)
+
+
+def top_of_rows(matrix: sp.csr_matrix, *, k: int, least: float = 1) -> sp.csr_matrix:
+    """Of X X^T, without its diagonal, the k largest a row that are ``least`` or more: (N, C) -> (N, N).
+
+    Blocks of rows: the product is never held whole. Ties go to the lower column.
     """
     if k < 1:
         raise DataError(f"k={k}: keep at least one neighbour")
-    r = train.csr.astype(np.float32)
-    back = r.T.tocsr()
+    back = matrix.T.tocsr()
     rows, columns, values = [], [], []
-    for start in range(0, train.n_users, 1024):
-        common = (r[start : start + 1024] @ back).tocoo()
-        keep = common.row + start != common.col
+    for start in range(0, matrix.shape[0], 1024):
+        common = (matrix[start : start + 1024] @ back).tocoo()
+        keep = (common.row + start != common.col) & (common.data >= least)
         row, column, value = common.row[keep] + start, common.col[keep], common.data[keep]
         order = np.lexsort((column, -value, row))
         row, column, value = row[order], column[order], value[order]
-        first = np.searchsorted(row, row, side="left")
-        keep = np.arange(len(row)) - first < k
+        keep = np.arange(len(row)) - np.searchsorted(row, row, side="left") < k
         rows.append(row[keep])
         columns.append(column[keep])
         values.append(value[keep])
     cells = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-    return sp.csr_matrix(cells, shape=(train.n_users, train.n_users), dtype=np.float32)
+    return sp.csr_matrix(cells, shape=(matrix.shape[0], matrix.shape[0]), dtype=np.float32)
 
 
 def companions(train: Interactions, *, k: int = 40) -> sp.csr_matrix:

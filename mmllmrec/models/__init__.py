@@ -7,34 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmllmrec.models.aldi import ALDI
+    from mmllmrec.models.alignrec import AlignRec
     from mmllmrec.models.alpharec import AlphaRec
     from mmllmrec.models.base import Recommender
+    from mmllmrec.models.bm3 import BM3
     from mmllmrec.models.bpr import BPR
     from mmllmrec.models.clcrec import CLCRec
+    from mmllmrec.models.cohesion import COHESION
+    from mmllmrec.models.composed import Composed
+    from mmllmrec.models.damrs import DAMRS
+    from mmllmrec.models.dragon import DRAGON
     from mmllmrec.models.dropoutnet import DropoutNet
+    from mmllmrec.models.dualgnn import DualGNN
+    from mmllmrec.models.dvbpr import DVBPR
     from mmllmrec.models.ease import EASE
-    from mmllmrec.models.itemknn import ItemKNN
-    from mmllmrec.models.lightgcn import LightGCN, LightGCNContent
-    from mmllmrec.models.twostage import TwoStage
-    from mmllmrec.models.simgcl import SimGCL
-    from mmllmrec.models.layergcn import LayerGCN
-    from mmllmrec.models.selfcf import SelfCF
     from mmllmrec.models.freedom import FREEDOM
-    from mmllmrec.models.bm3 import BM3
-    from mmllmrec.models.mgcn import MGCN
+    from mmllmrec.models.grcn import GRCN
+    from mmllmrec.models.ials import IALS, ImplicitBPR
+    from mmllmrec.models.itemknn import ItemKNN
+    from mmllmrec.models.lattice import LATTICE
+    from mmllmrec.models.layergcn import LayerGCN
     from mmllmrec.models.lgmrec import LGMRec
+    from mmllmrec.models.lightgcn import LightGCN, LightGCNContent
+    from mmllmrec.models.mentor import MENTOR
+    from mmllmrec.models.mgcn import MGCN
+    from mmllmrec.models.micro import MICRO
     from mmllmrec.models.mmgcn import MMGCN
     from mmllmrec.models.pgl import PGL
-    from mmllmrec.models.lattice import LATTICE
-    from mmllmrec.models.micro import MICRO
+    from mmllmrec.models.selfcf import SelfCF
+    from mmllmrec.models.simgcl import SimGCL
     from mmllmrec.models.slmrec import SLMRec
-    from mmllmrec.models.dualgnn import DualGNN
-    from mmllmrec.models.dragon import DRAGON
-    from mmllmrec.models.mentor import MENTOR
-    from mmllmrec.models.cohesion import COHESION
-    from mmllmrec.models.grcn import GRCN
     from mmllmrec.models.smore import SMORE
-    from mmllmrec.models.alignrec import AlignRec
+    from mmllmrec.models.twostage import TwoStage
     from mmllmrec.models.unified import Unified
     from mmllmrec.models.vbpr import VBPR
 
@@ -70,6 +74,11 @@ WHERE = {
     "GRCN": "grcn",
     "SMORE": "smore",
     "AlignRec": "alignrec",
+    "DAMRS": "damrs",
+    "IALS": "ials",
+    "ImplicitBPR": "ials",
+    "DVBPR": "dvbpr",
+    "Composed": "composed",
     "Unified": "unified",
 }
 

@@ -77,9 +77,7 @@ class COHESION(MultimodalModel, PrunedGraph):
         self.maps = nn.ModuleList(
             nn.Sequential(nn.Linear(w, hidden), nn.LeakyReLU(), nn.Linear(hidden, dim)) for w in widths
         )
-        self.preferences = nn.ParameterList(
-            nn.init.xavier_normal_(torch.empty(self.n_users, dim)) for _ in widths
-        )
+        self.preferences = nn.ParameterList(nn.init.xavier_normal_(torch.empty(self.n_users, dim)) for _ in widths)
         del self.users  # a table a channel takes its place
         nn.init.xavier_normal_(self.items.weight)
         self.companions = Propagation(companions_of(train, k=companions))

@@ -86,9 +86,7 @@ class MultimodalModel(EncodedModel, ContentModel):
 
     def through(self, maps: Sequence[Callable[[Tensor], Tensor]] | nn.ModuleList) -> list[Tensor]:
         """Each modality's features through its map, (I, dim) a modality; an absent one is exactly zero."""
-        return [
-            layer(self.rows(m)) * self.present(m)[:, None] for m, layer in zip(self.modalities, maps, strict=True)
-        ]
+        return [layer(self.rows(m)) * self.present(m)[:, None] for m, layer in zip(self.modalities, maps, strict=True)]
 
 
 class ModalEncoder(nn.Module):

@@ -1,0 +1,178 @@
+"""DA-MRS: links that all modalities agree on, feedback weighed by how far content bears it out, and both aligned.
+
+Legend: B batch, K negatives, U users, I items, N = U + I nodes, V views (modalities and co-consumption), D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import Interactions
+from mmllmrec.data.sampling import Batch
+from mmllmrec.encoders.graph import Propagation
+from mmllmrec.encoders.heads import unit
+from mmllmrec.encoders.item_graph import symmetric_degrees, top_of_rows
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.graphs import Encoded
+from mmllmrec.models.multimodal import MultimodalModel
+
+
+class DAMRS(MultimodalModel):
+    """Denoising and aligning of content and feedback.
+
+    Xv et al. 2024 (arXiv 2406.12501). A link of two items stays if their cosine is at least the mean cosine in *every*
+    modality that both have; each modality's graph keeps an item's ``neighbours`` nearest of those, and a further one its
+    ``neighbours`` that most users took with it (at least two). h_v = S_v Q, H their mean, items LightGCN(i) + H_i.
+    BPR's positive pair weighs mean over views of sigmoid(p_u . h_vi / |h_vi|) times exp(-2 variance), and one that
+    content speaks against (below the batch's negatives) is partly turned round; ``preference_weight`` times the
+    symmetric KL of sigmoid(p_u . g_i / |g_i|) and sigmoid(p_u . H_i / |H_i|) over the batch; ``relation_weight`` times the
+    contrast of each view's items with those near by all views, then with those near by that view
+    (``graded``). Departures: candidates of the last are the batch's items, where the published code takes all; under
+    the softmax pairs are not weighed; an item without any content keeps its co-consumption.
+    """
+
+    graphs = "mixed"  # of all views; ``views`` holds them apart
+
+    def __init__(
+        self,
+        train: Interactions,
+        *,
+        catalog: Catalog | None = None,
+        features: FeatureTable | None = None,
+        dim: int = 64,
+        layers: int = 2,
+        neighbours: int = 10,
+        preference_weight: float = 1.0,
+        relation_weight: float = 1e-3,
+        temperature: float = 0.2,
+        feature_dim: int = 64,
+        loss: str = "bpr",
+    ):
+        super().__init__(
+            train,
+            catalog=catalog,
+            features=features,
+            dim=dim,
+            layers=layers,
+            neighbours=neighbours,
+            preference_weight=preference_weight,
+            relation_weight=relation_weight,
+            temperature=temperature,
+            feature_dim=feature_dim,
+            loss=loss,
+        )
+        self.preference_weight, self.relation_weight = preference_weight, relation_weight
+        self.temperature, self.neighbours = temperature, neighbours
+
+    def _use(self, features: FeatureTable) -> None:
+        super()._use(features)
+        k = int(self.config["neighbours"])
+        tables = [features.tables[m] for m in features.modalities]
+        agreed = agreeing(tables, features.presence, k=k)
+        self.views = torch.nn.ModuleList(
+            Propagation(symmetric_degrees(graph)) for graph in (*agreed, co_consumed(self.train_data, k=k))
+        )
+
+    def encode(self) -> Encoded:
+        users, items = self.ids()
+        views = torch.stack([view(items) for view in self.views])
+        out_users, out_items = self.graph(users, items)
+        content = views.mean(dim=0)
+        parts = {"views": views, "content": content, "feedback": out_items}
+        return Encoded(out_users, out_items + content, parts)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``bpr`` weighed by content, or ``softmax``; ``preference`` and ``relation``."""
+        encoded = self.encode()
+        if self.log_scale is not None:
+            return self.ranking(batch, encoded.pick) | self.auxiliary(batch, encoded)
+        assert batch.negatives is not None
+        u, i, j = encoded.pick(batch.users, batch.items, batch.negatives)
+        gap = (u * i).sum(-1)[:, None] - (u[:, None] * j).sum(-1)
+        for_it, against = self._weights(batch, encoded)
+        pairs = for_it[:, None] * F.softplus(-gap) + against[:, None] * F.softplus(gap)
+        return {"bpr": pairs.mean()} | self.auxiliary(batch, encoded)
+
+    @torch.no_grad()
+    def _weights(self, batch: Batch, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """How far a pair counts as it is and turned round: (B,), (B,)."""
+        users, views = encoded.users[batch.users], unit(encoded.parts["views"])
+        of_positive = torch.sigmoid((views[:, batch.items] * users).sum(-1))  # (V, B)
+        of_negative = torch.sigmoid((views[:, batch.negatives] * users[:, None]).sum(-1)).mean()
+        mean, variance = of_positive.mean(0), of_positive.var(0)
+        kept = (mean * torch.exp(-2 * variance)).clamp(0, 1)
+        turned = (of_positive.amax(0) - of_negative).clamp(0, 1) * (mean < of_negative)
+        return kept, turned
+
+    def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
+        terms = {}
+        users, items = batch.users.unique(), batch.items.unique()
+        if batch.negatives is not None:
+            items = torch.cat([batch.items, batch.negatives.flatten()]).unique()
+        if self.preference_weight:
+            rows = encoded.users[users]
+            told = [rows @ unit(encoded.parts[name][items]).T for name in ("feedback", "content")]
+            # KL of two Bernoullis, both ways: the difference of chances times the difference of logits
+            apart = (torch.sigmoid(told[0]) - torch.sigmoid(told[1])) * (told[0] - told[1])
+            terms["preference"] = self.preference_weight * apart.mean()
+        if self.relation_weight:
+            value = graded(encoded.parts["views"][:, items], k=self.neighbours, temperature=self.temperature)
+            terms["relation"] = self.relation_weight * value
+        return terms
+
+
+def graded(views: Tensor, *, k: int, temperature: float) -> Tensor:
+    """Contrast of every view with graded neighbours: (V, C, D) -> ().
+
+    Of view v's cosines, softmaxed over the C candidates, the k best in the sum of all views and v once more are the
+    first grade, the k best of the others in v alone the second; -log(first / all) - log(second / (all - first)), sums of
+    exp(cos / temperature), mean over items and views.
+    """
+    similarity = unit(views) @ unit(views).transpose(1, 2)
+    k = min(k, (similarity.shape[-1] - 1) // 2)
+    if k < 1:
+        return similarity.sum() * 0.0
+    with torch.no_grad():
+        chance = torch.softmax(similarity, dim=-1)
+        first = (chance.sum(0) + chance).topk(k, dim=-1).indices
+        second = chance.scatter(-1, first, 0.0).topk(k, dim=-1).indices
+    each = torch.exp(similarity / temperature)
+    near, next_ = each.gather(-1, first).sum(-1), each.gather(-1, second).sum(-1)
+    total = each.sum(-1)
+    return -(torch.log(near / total) + torch.log(next_ / (total - near).clamp(min=1e-9))).mean()
+
+
+def agreeing(tables: list[np.ndarray], presence: np.ndarray, *, k: int, block: int = 512) -> list[sp.csr_matrix]:
+    """A graph a modality, (I, I) of ones: an item's k nearest among those that are alike in every modality both have."""
+    rows = [torch.nn.functional.normalize(torch.from_numpy(np.array(t)), dim=-1) for t in tables]
+    here = [torch.from_numpy(np.array(presence[:, c])) for c in range(len(tables))]
+    means = [(x[p].sum(0) @ x[p].sum(0)) / max(int(p.sum()), 1) ** 2 for x, p in zip(rows, here, strict=True)]
+    size = len(presence)
+    cells: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in tables]
+    for start in range(0, size, block):
+        part = slice(start, start + block)
+        similar = [x[part] @ x.T for x in rows]
+        both = [p[part, None] & p[None] for p in here]
+        agreed = torch.stack([(s >= m) | ~b for s, m, b in zip(similar, means, both, strict=True)]).all(dim=0)
+        for column, (s, b) in enumerate(zip(similar, both, strict=True)):
+            value, index = s.masked_fill(~(agreed & b), -torch.inf).topk(min(k, size), dim=1)
+            row, place = torch.isfinite(value).nonzero(as_tuple=True)
+            cells[column].append(((row + start).numpy(), index[row, place].numpy()))
+    found = []
+    for parts in cells:
+        row, col = (np.concatenate([p[side] for p in parts]) for side in (0, 1))
+        found.append(sp.csr_matrix((np.ones(len(row), np.float32), (row, col)), shape=(size, size)))
+    return found
+
+
+def co_consumed(train: Interactions, *, k: int, least: int = 2) -> sp.csr_matrix:
+    """Items that ``least`` users or more took both of, at most k an item, and each item itself: (I, I) of ones."""
+    back = train.csr.T.tocsr().astype(np.float32)
+    kept = top_of_rows(back, k=k, least=least)
+    kept.data[:] = 1.0
+    return (kept + sp.identity(train.n_items, dtype=np.float32, format="csr")).tocsr()
