@@ -518,20 +518,22 @@ def bench_movielens(
         print(summary)
 
 
-@bench_app.command("lastfm")
-def bench_lastfm(
+@bench_app.command("parity")
+def bench_parity(
     seeds: Seeds = 3,
-    folder: Folder = Path("runs/lastfm"),
+    folder: Folder = Path("runs/parity"),
     path: At = None,
     peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's figures")] = None,
+    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
 ) -> None:
-    """BPR-MF, LightGCN and VBPR on the division the data brings, under the MMRec family's protocol.
+    """Published systems on Last.fm's own division, under the MMRec family's protocol and hyper-parameters.
 
-    Example: [bold]mmllmrec bench lastfm --path ~/data/lastfm-2k-audio --peer peer.csv[/bold]
+    Example: [bold]mmllmrec bench parity --path ~/data/lastfm-2k-audio --peer peer.csv --system FREEDOM[/bold]
     """
     from mmllmrec import bench
+    from mmllmrec.bench.parity import SYSTEMS
 
-    summary, table = bench.lastfm(seeds=seeds, folder=folder, path=path, peer=peer)
+    summary, table = bench.parity(seeds=seeds, folder=folder, path=path, peer=peer, systems=systems or tuple(SYSTEMS))
     print(summary)
     if len(table):
         _show(table, "beside the peer")

@@ -138,11 +138,11 @@ class Heuristic(nn.Module):
 
     def __init__(self, dim: int, vectors: int, *, half: float = 10.0):
         super().__init__()
-        self.half = half
+        self.scale = half
 
     def forward(self, vectors: Tensor, present: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check(vectors, present)
-        own = torch.full(present.shape[:1], 0.5) if counts is None else counts / (counts + self.half)
+        own = torch.full(present.shape[:1], 0.5) if counts is None else counts / (counts + self.scale)
         own = own.to(vectors)[:, None]
         first, rest = present[:, :1], present[:, 1:]
         others = rest.any(dim=1, keepdim=True)

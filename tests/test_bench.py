@@ -83,13 +83,13 @@ def test_the_peer_stands_beside_the_mean_of_its_same_settings(tmp_path):
     )
     metrics = {f"{s} | all | {m}": [0.55, 0.5, 0.6] for s in ("BPR", "LightGCN", "VBPR") for m in bench.METRICS}
     cards = [RunCard("evaluate", "x", seed=s, metrics=metrics) for s in (0, 1)]
-    table = bench.beside(bench.summarise("lastfm", cards, tmp_path), peer).set_index(["system", "metric"])
+    table = bench.beside(bench.summarise("parity", cards, tmp_path), peer).set_index(["system", "metric"])
     assert table.loc[("BPR", "recall@20"), "peer"] == pytest.approx(0.5)
     assert table.loc[("BPR", "recall@20"), "difference"] == pytest.approx(0.1)
     assert table.loc[("BPR", "recall@20"), "peer seeds"] == 2
 
 
-def test_lastfm_runs_on_a_folder_of_that_layout(tmp_path):
+def test_parity_runs_on_a_folder_of_that_layout(tmp_path):
     rng = np.random.default_rng(0)
     users, items = np.nonzero(rng.random((17, 13)) < 0.5)
     labels = np.arange(len(users)) % 5
@@ -98,10 +98,14 @@ def test_lastfm_runs_on_a_folder_of_that_layout(tmp_path):
     (tmp_path / "x.inter").write_text("userID\titemID\trating\tx_label\n" + rows)
     np.save(tmp_path / "vggish.npy", rng.normal(size=(13, 5)).astype(np.float32))
     with pytest.raises(DataError, match=r"all-MiniLM-L6-v2\.npy is missing"):
-        bench.lastfm(seeds=1, folder=tmp_path / "runs", path=tmp_path, quick=1)
+        bench.parity(seeds=1, folder=tmp_path / "runs", path=tmp_path, quick=1)
     np.save(tmp_path / "all-MiniLM-L6-v2.npy", rng.normal(size=(13, 3)).astype(np.float32))
-    summary, _ = bench.lastfm(seeds=1, folder=tmp_path / "runs", path=tmp_path, quick=1)
-    assert {"BPR", "LightGCN", "VBPR"} <= set(summary.frame["system"])
+    summary, _ = bench.parity(seeds=1, folder=tmp_path / "runs", path=tmp_path, quick=1)
+    from mmllmrec.bench.parity import SYSTEMS
+
+    assert set(SYSTEMS) <= set(summary.frame["system"])
+    with pytest.raises(DataError, match=r"systems=.*SVD.* have no published figures"):
+        bench.parity(systems=["SVD"])
     card = RunCard.load(tmp_path / "runs" / "seed0" / "report" / "card.json")
     assert card.settings["mask"] == "train"
 

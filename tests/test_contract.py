@@ -133,6 +133,21 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "IALS": lambda train, catalog: models.IALS(train, dim=5, iterations=3),
     "ImplicitBPR": lambda train, catalog: models.ImplicitBPR(train, dim=5, iterations=5),
     "EDLAE": lambda train, catalog: models.EASE(train, reg=5.0, dropout=0.3),
+    "DiffMM": lambda train, catalog: models.DiffMM(train, catalog=catalog, dim=5, hidden=7, top=2, feature_dim=3),
+    "LLMRec": lambda train, catalog: models.LLMRec(train, catalog=catalog, dim=5, pruned=0.0, feature_dim=3),
+    "LLMRec, written": lambda train, catalog: models.LLMRec(
+        train,
+        catalog=catalog,
+        profiles=np.random.default_rng(2).normal(size=(U, 4)).astype(np.float32),
+        pairs=np.random.default_rng(3).integers(-1, N - 1, (U, 2)),
+        dim=5,
+        pruned=0.0,
+        feature_dim=3,
+    ),
+    "MMSSL": lambda train, catalog: models.MMSSL(train, catalog=catalog, dim=6, heads=2, top=3, feature_dim=3),
+    "MMSSL, softmax": lambda train, catalog: models.MMSSL(
+        train, catalog=catalog, dim=6, heads=2, top=3, adversarial_weight=0.0, feature_dim=3, loss="softmax"
+    ),
     "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
     "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
 }
@@ -169,6 +184,7 @@ def trained(model: Recommender, train: Interactions) -> Recommender:
     """A few steps away from the start, so that nothing passes by being symmetric or zero."""
     if model.trainable:
         optimiser = torch.optim.Adam(model.parameter_groups(0.05))
+        model.begin_epoch(np.random.default_rng(0))
         for batch in epoch(train, batch_size=13, negatives=model.negatives, rng=np.random.default_rng(0)):
             optimiser.zero_grad()
             sum(model.loss(batch).values()).backward()

@@ -5,7 +5,8 @@ fitted goes on from its checkpoint.
 """
 
 from mmllmrec.bench.answer import Answer
-from mmllmrec.bench.published import PARITY, QUICKSTART, beside, lastfm, movielens, quickstart
+from mmllmrec.bench.parity import PARITY, beside, parity
+from mmllmrec.bench.published import QUICKSTART, movielens, quickstart
 from mmllmrec.bench.questions import q1, q2, q3, q4
 from mmllmrec.bench.run import (
     CLASSICAL,
@@ -31,9 +32,9 @@ __all__ = [
     "Summary",
     "beside",
     "entry",
-    "lastfm",
     "model_of",
     "movielens",
+    "parity",
     "q1",
     "q2",
     "q3",

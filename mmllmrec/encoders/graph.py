@@ -20,7 +20,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 
 class _Product(torch.autograd.Function):
-    """A @ x whose backward is A^T @ g with the A^T given: the transposed copy that autograd would make is never made."""
+    """A @ x whose backward is A^T @ g with the A^T given: the transposed copy that autograd would make is never
+    made."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ class Propagation(nn.Module):
             self.register_buffer(prefix + name, torch.from_numpy(part), persistent=False)
 
     def _csr(self, prefix: str, shape: tuple[int, int]) -> Tensor:
-        parts = (self.get_buffer(prefix + name) for name in ("starts", "columns", "values"))
-        return torch.sparse_csr_tensor(*parts, shape, check_invariants=False)
+        starts, columns, values = (self.get_buffer(prefix + name) for name in ("starts", "columns", "values"))
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
     def matrix(self) -> Tensor:
         """The matrix as a sparse CSR tensor (N, M) over the same memory."""
@@ -108,7 +109,8 @@ def normalised_adjacency(train: Interactions, *, keep: np.ndarray | None = None)
 
 
 def normalised_events(train: Interactions, *, mean: bool = False) -> sp.csr_matrix:
-    """R, the events as a matrix (U, I) float32 with 1 / (sqrt(d_u) sqrt(d_i)), or with ``mean`` with 1 / d_u, a cell."""
+    """R, the events as a matrix (U, I) float32 with 1 / (sqrt(d_u) sqrt(d_i)), or with ``mean`` with 1 / d_u, a
+    cell."""
     of_user, of_item = train.user_counts, train.item_counts
     cells = 1 / of_user[train.users] if mean else 1 / np.sqrt(of_user[train.users] * of_item[train.items].astype(float))
     shape = train.n_users, train.n_items

@@ -22,10 +22,10 @@ BLOCK = 1 << 22  # cells of a similarity matrix that are held at once (16 MiB)
 def nearest(rows: Tensor, k: int, *, present: Tensor | None = None, itself: bool = True) -> tuple[Tensor, Tensor]:
     """The K most similar rows of each, by cosine: (N, D) -> indices (N, K) int64, cosines (N, K), best first.
 
-    A block of rows at a time: no N x N matrix is made. Only rows that are ``present`` (N,) bool are anyone's neighbours;
-    a row that is not has cosines of 0. Without ``itself`` a row is not its own neighbour. Gradients do not flow: which
-    rows are near is a choice (``cosines`` says how near, with a gradient). K is at most the number of candidates.
-    Raises ``DataError`` for ``k`` below 1.
+    A block of rows at a time: no N x N matrix is made. Only rows that are ``present`` (N,) bool are anyone's
+    neighbours; a row that is not has cosines of 0. Without ``itself`` a row is not its own neighbour. Gradients do not
+    flow: which rows are near is a choice (``cosines`` says how near, with a gradient). K is at most the number of
+    candidates. Raises ``DataError`` for ``k`` below 1.
     """
     if k < 1:
         raise DataError(f"k={k}: keep at least one neighbour")
@@ -72,7 +72,8 @@ def item_graph(features: np.ndarray, present: np.ndarray, *, k: int = 10, weight
 
 
 def mixed(graphs: Sequence[sp.csr_matrix], presence: np.ndarray, shares: np.ndarray) -> sp.csr_matrix:
-    """One graph of several: row i is the mean of its rows in the graphs of the modalities it has, weighed by ``shares``.
+    """One graph of several: row i is the mean of its rows in the graphs of the modalities it has, weighed by
+    ``shares``.
 
     (I, I) a graph, (I, M) bool, (M,) -> (I, I). Where all are present it is sum over m of shares_m S_m; an item that
     lacks a modality is as close to its neighbours by the others; one that has none has an empty row.

@@ -1,4 +1,5 @@
-"""Losses: pure functions, each a scalar that has a gradient. Supervised and self-supervised, as the survey divides them."""
+"""Losses: pure functions, each a scalar that has a gradient. Supervised and self-supervised, as the survey divides
+them."""
 
 from mmllmrec.losses.self_supervised import alignment, bootstrap, info_nce, reconstruction, uniformity
 from mmllmrec.losses.supervised import (

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmllmrec.models.cohesion import COHESION
     from mmllmrec.models.composed import Composed
     from mmllmrec.models.damrs import DAMRS
+    from mmllmrec.models.diffmm import DiffMM
     from mmllmrec.models.dragon import DRAGON
     from mmllmrec.models.dropoutnet import DropoutNet
     from mmllmrec.models.dualgnn import DualGNN
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from mmllmrec.models.layergcn import LayerGCN
     from mmllmrec.models.lgmrec import LGMRec
     from mmllmrec.models.lightgcn import LightGCN, LightGCNContent
+    from mmllmrec.models.llmrec import LLMRec
     from mmllmrec.models.mentor import MENTOR
     from mmllmrec.models.mgcn import MGCN
     from mmllmrec.models.micro import MICRO
     from mmllmrec.models.mmgcn import MMGCN
+    from mmllmrec.models.mmssl import MMSSL
     from mmllmrec.models.pgl import PGL
     from mmllmrec.models.selfcf import SelfCF
     from mmllmrec.models.simgcl import SimGCL
@@ -79,10 +82,55 @@ WHERE = {
     "ImplicitBPR": "ials",
     "DVBPR": "dvbpr",
     "Composed": "composed",
+    "DiffMM": "diffmm",
+    "LLMRec": "llmrec",
+    "MMSSL": "mmssl",
     "Unified": "unified",
 }
 
-__all__ = [*WHERE, "classes"]
+__all__ = [
+    "ALDI",
+    "BM3",
+    "BPR",
+    "COHESION",
+    "DAMRS",
+    "DRAGON",
+    "DVBPR",
+    "EASE",
+    "FREEDOM",
+    "GRCN",
+    "IALS",
+    "LATTICE",
+    "MENTOR",
+    "MGCN",
+    "MICRO",
+    "MMGCN",
+    "MMSSL",
+    "PGL",
+    "SMORE",
+    "VBPR",
+    "AlignRec",
+    "AlphaRec",
+    "CLCRec",
+    "Composed",
+    "DiffMM",
+    "DropoutNet",
+    "DualGNN",
+    "ImplicitBPR",
+    "ItemKNN",
+    "LGMRec",
+    "LLMRec",
+    "LayerGCN",
+    "LightGCN",
+    "LightGCNContent",
+    "Recommender",
+    "SLMRec",
+    "SelfCF",
+    "SimGCL",
+    "TwoStage",
+    "Unified",
+    "classes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +29,8 @@ class AlignRec(MultimodalModel):
 
     Liu et al. 2024 (arXiv 2403.12384). M_i = S (Q * sigmoid(G (W x + b) + g)), S the graph of alike items, M_u = R M_i;
     C = LightGCN's encoder; vectors C + M. BPR, ``reg`` times ``losses.l2`` of the batch's final vectors;
-    ``contrast_weight`` times the InfoNCE of M against C (content-category alignment); ``similarity_weight`` times
-    ||M_B M_B^T - K||_F / B with K the cosines of the batch's raw features; ``user_item_weight`` times the distance of the
+    ``contrast_weight`` times the InfoNCE of M against C (content-category alignment); ``similarity_weight`` times ||M_B
+    M_B^T - K||_F / B with K the cosines of the batch's raw features; ``user_item_weight`` times the distance of the
     batch's users and items on the unit sphere (user-item alignment). Departures: x is all modalities side by side, each
     of unit length, where the paper has the output of a multimodal encoder that it pretrains and the published code one
     feature file; features are frozen (published: trained); items are de-duplicated.
@@ -79,7 +80,7 @@ class AlignRec(MultimodalModel):
         super()._use(features)
         content = torch.cat([unit(self.rows(m)) for m in self.modalities], dim=1)
         self.register_buffer("content", content, persistent=False)
-        some = features.presence.any(axis=1)
+        some = np.asarray(features.presence.any(axis=1))
         graph = item_graph(content.numpy(), some, k=int(self.config["neighbours"]), weighted=True)
         self.alike = Propagation(graph)
 
@@ -88,7 +89,8 @@ class AlignRec(MultimodalModel):
         behaviour = torch.cat(self.graph(*ids))
         items = self.alike(ids[1] * torch.sigmoid(self.gate(self.map(self.content))))
         side = torch.cat([self.events(items), items])
-        return Encoded(*(behaviour + side).split([self.n_users, self.n_items]), {"behaviour": behaviour, "side": side})
+        users, items = (behaviour + side).split([self.n_users, self.n_items])
+        return Encoded(users, items, {"behaviour": behaviour, "side": side})
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``contrast``, ``similarity`` and ``user-item``."""

@@ -47,7 +47,7 @@ class AlphaRec(GraphModel, ContentModel):
         feature_dim: int = 64,
         loss: str = "softmax",
     ):
-        options = {"dim": dim, "hidden": hidden, "layers": layers}
+        options: dict[str, Any] = {"dim": dim, "hidden": hidden, "layers": layers}
         super().__init__(train, catalog=catalog, features=features, feature_dim=feature_dim, loss=loss, **options)
         self.tower = tower(self.described.shape[1], hidden=hidden, dim=dim)
         self.graph = LightGraph(train, layers=layers)

@@ -23,8 +23,8 @@ from mmllmrec.models.multimodal import MultimodalModel
 class BM3(MultimodalModel):
     """One predictor g meets targets under dropout: the other side of the event, the ID by its content, content itself.
 
-    Zhou et al. 2023 (arXiv 2207.05969). H_u, H_i = LightGCN's encoder, items with their ID added again; Z_m a linear map
-    of modality m. With T = dropout(., without gradient): (1 - cos(g(H_u), T(H_i))) + (1 - cos(g(H_i), T(H_u))), and
+    Zhou et al. 2023 (arXiv 2207.05969). H_u, H_i = LightGCN's encoder, items with their ID added again; Z_m a linear
+    map of modality m. With T = dropout(., without gradient): (1 - cos(g(H_u), T(H_i))) + (1 - cos(g(H_i), T(H_u))), and
     ``content_weight`` times the sum over m of (1 - cos(g(Z_m), T(H_i))) + (1 - cos(g(Z_m), T(Z_m))) over the items that
     have m. score(u, i) = g(H_u) . g(H_i). ``reg`` weighs (||H_u|| + ||H_i||) / I, norms of all nodes, as the published
     code does. Content shapes IDs and is no part of a score: an item without an event is unknown, and scores 0.

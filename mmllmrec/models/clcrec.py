@@ -55,7 +55,13 @@ class CLCRec(ContentModel):
         feature_dim: int = 64,
         loss: str = "softmax",
     ):
-        options = {"dim": dim, "hidden": hidden, "weight": weight, "replace": replace, "temperature": temperature}
+        options: dict[str, Any] = {
+            "dim": dim,
+            "hidden": hidden,
+            "weight": weight,
+            "replace": replace,
+            "temperature": temperature,
+        }
         super().__init__(train, catalog=catalog, features=features, feature_dim=feature_dim, loss=loss, **options)
         if not (0 <= weight <= 1 and 0 <= replace <= 1):
             raise DataError(f"weight={weight}, replace={replace}: shares, between 0 and 1")

@@ -216,9 +216,11 @@ class Composed(MultimodalModel):
         self.temperature, self.dropout, self.by_id = temperature, dropout, ids
         self.negatives = negatives if loss in ("bpr", "bce", "mse", "hinge", "adaptive hinge") else 0
         tables = len(channels) if fusion.timing == "late" else 1
-        self.users = nn.ParameterList(nn.init.xavier_uniform_(torch.empty(self.n_users, dim)) for _ in range(tables))
+        self.tables_of_users = nn.ParameterList(
+            nn.init.xavier_uniform_(torch.empty(self.n_users, dim)) for _ in range(tables)
+        )
         if ids:
-            self.items = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.n_items, dim)))
+            self.item_ids = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.n_items, dim)))
         self.maps = self.linear_each(dim, bias=False)
         self.fuse = FUSIONS[fusion.method](dim, len(channels))
         self.encoders = nn.ModuleList(encoder.build(self) for _ in range(tables))
@@ -253,13 +255,13 @@ class Composed(MultimodalModel):
         """Items before encoder and fusion (I, C, D), and which of them are present (I, C) bool."""
         rows, present = self.through(self.maps), [self.present(m) for m in self.modalities]
         if self.by_id:
-            rows, present = [self.items * self.warm[:, None], *rows], [self.warm, *present]
+            rows, present = [self.item_ids * self.warm[:, None], *rows], [self.warm, *present]
         return torch.stack(rows, dim=1), torch.stack(present, dim=1)
 
     def encode(self, through: Propagation | None = None) -> Encoded:
         rows, present = self.channels()
         late = self.parts[1].timing == "late"
-        users = [table * self.known[:, None] for table in self.users]
+        users = [table * self.known[:, None] for table in self.tables_of_users]
         if not late:
             out_users, out_items = self.encoders[0](users[0], self._fused(rows, present), through=through)
             return Encoded(out_users, out_items, {"channels": rows, "present": present})

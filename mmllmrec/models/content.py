@@ -108,12 +108,12 @@ class ContentModel(ReadsFeatures, VectorModel):
     """A ``VectorModel`` with ``frozen`` (I, F), all modalities' features side by side, an absent one zero.
 
     ``described`` adds a column a modality, 1 where it is present: the weights on it are a bias that only a present
-    modality has, so that a network can tell an absent one from one with mean features.
-    ``features`` are used as given; without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on
-    train items. Some published systems train the raw feature tables themselves: ``trained_features=True``, where a
-    model offers it. They are saved with the weights: a loaded model scores with them and not with those of the catalogue
-    it is given. With the softmax loss, items with the same features are not each other's negatives.
-    Raises ``DataError`` without ``catalog`` and ``features``, and for features of another number of items.
+    modality has, so that a network can tell an absent one from one with mean features. ``features`` are used as given;
+    without, ``catalog``'s are whitened to ``feature_dim`` columns a modality, fitted on train items. Some published
+    systems train the raw feature tables themselves: ``trained_features=True``, where a model offers it. They are saved
+    with the weights: a loaded model scores with them and not with those of the catalogue it is given. With the softmax
+    loss, items with the same features are not each other's negatives. Raises ``DataError`` without ``catalog`` and
+    ``features``, and for features of another number of items.
     """
 
     supports_cold_items: ClassVar[bool] = True

@@ -26,14 +26,14 @@ class DAMRS(MultimodalModel):
     """Denoising and aligning of content and feedback.
 
     Xv et al. 2024 (arXiv 2406.12501). A link of two items stays if their cosine is at least the mean cosine in *every*
-    modality that both have; each modality's graph keeps an item's ``neighbours`` nearest of those, and a further one its
-    ``neighbours`` that most users took with it (at least two). h_v = S_v Q, H their mean, items LightGCN(i) + H_i.
+    modality that both have; each modality's graph keeps an item's ``neighbours`` nearest of those, and a further one
+    its ``neighbours`` that most users took with it (at least two). h_v = S_v Q, H their mean, items LightGCN(i) + H_i.
     BPR's positive pair weighs mean over views of sigmoid(p_u . h_vi / |h_vi|) times exp(-2 variance), and one that
     content speaks against (below the batch's negatives) is partly turned round; ``preference_weight`` times the
-    symmetric KL of sigmoid(p_u . g_i / |g_i|) and sigmoid(p_u . H_i / |H_i|) over the batch; ``relation_weight`` times the
-    contrast of each view's items with those near by all views, then with those near by that view
-    (``graded``). Departures: candidates of the last are the batch's items, where the published code takes all; under
-    the softmax pairs are not weighed; an item without any content keeps its co-consumption.
+    symmetric KL of sigmoid(p_u . g_i / |g_i|) and sigmoid(p_u . H_i / |H_i|) over the batch; ``relation_weight`` times
+    the contrast of each view's items with those near by all views, then with those near by that view (``graded``).
+    Departures: candidates of the last are the batch's items, where the published code takes all; under the softmax
+    pairs are not weighed; an item without any content keeps its co-consumption.
     """
 
     graphs = "mixed"  # of all views; ``views`` holds them apart
@@ -130,8 +130,8 @@ def graded(views: Tensor, *, k: int, temperature: float) -> Tensor:
     """Contrast of every view with graded neighbours: (V, C, D) -> ().
 
     Of view v's cosines, softmaxed over the C candidates, the k best in the sum of all views and v once more are the
-    first grade, the k best of the others in v alone the second; -log(first / all) - log(second / (all - first)), sums of
-    exp(cos / temperature), mean over items and views.
+    first grade, the k best of the others in v alone the second; -log(first / all) - log(second / (all - first)), sums
+    of exp(cos / temperature), mean over items and views.
     """
     similarity = unit(views) @ unit(views).transpose(1, 2)
     k = min(k, (similarity.shape[-1] - 1) // 2)
@@ -148,7 +148,8 @@ def graded(views: Tensor, *, k: int, temperature: float) -> Tensor:
 
 
 def agreeing(tables: list[np.ndarray], presence: np.ndarray, *, k: int, block: int = 512) -> list[sp.csr_matrix]:
-    """A graph a modality, (I, I) of ones: an item's k nearest among those that are alike in every modality both have."""
+    """A graph a modality, (I, I) of ones: an item's k nearest among those that are alike in every modality both
+    have."""
     rows = [torch.nn.functional.normalize(torch.from_numpy(np.array(t)), dim=-1) for t in tables]
     here = [torch.from_numpy(np.array(presence[:, c])) for c in range(len(tables))]
     means = [(x[p].sum(0) @ x[p].sum(0)) / max(int(p.sum()), 1) ** 2 for x, p in zip(rows, here, strict=True)]
@@ -165,8 +166,8 @@ def agreeing(tables: list[np.ndarray], presence: np.ndarray, *, k: int, block: i
             cells[column].append(((row + start).numpy(), index[row, place].numpy()))
     found = []
     for parts in cells:
-        row, col = (np.concatenate([p[side] for p in parts]) for side in (0, 1))
-        found.append(sp.csr_matrix((np.ones(len(row), np.float32), (row, col)), shape=(size, size)))
+        ends = tuple(np.concatenate([p[side] for p in parts]) for side in (0, 1))
+        found.append(sp.csr_matrix((np.ones(len(ends[0]), np.float32), ends), shape=(size, size)))
     return found
 
 

@@ -19,11 +19,11 @@ from mmllmrec.models.multimodal import ModalModel
 class DRAGON(ModalModel):
     """Dyadic relations: modalities concatenated, users by personal weights, and both over homogeneous graphs.
 
-    Zhou et al. 2023 (arXiv 2301.12097). (U_m, V_m) = the graph encoder of modality m (``ModalEncoder``). Items V = [V_1;
-    ...; V_M] plus V over the frozen graph of alike items; users H = [w_u1 U_1; ...; w_uM U_M], w free and personal, plus
-    H over their ``companions`` (``encoders.item_graph.companions``). BPR, and ``reg`` times the mean squares of the
-    batch's preferences and of w. An absent modality's part of an item is what the graph makes of it. Departure: natural
-    logarithm, where the published code has base 2.
+    Zhou et al. 2023 (arXiv 2301.12097). (U_m, V_m) = the graph encoder of modality m (``ModalEncoder``). Items V =
+    [V_1; ...; V_M] plus V over the frozen graph of alike items; users H = [w_u1 U_1; ...; w_uM U_M], w free and
+    personal, plus H over their ``companions`` (``encoders.item_graph.companions``). BPR, and ``reg`` times the mean
+    squares of the batch's preferences and of w. An absent modality's part of an item is what the graph makes of it.
+    Departure: natural logarithm, where the published code has base 2.
     """
 
     graphs = "mixed"

@@ -47,7 +47,7 @@ def tower(width: int, dim: int) -> nn.Sequential:
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            layer.bias.data.zero_()  # type: ignore[union-attr]
     return layers
 
 
@@ -57,10 +57,10 @@ class DVBPR(VectorModel):
     Kang et al. 2017 (arXiv 1711.02231), the recommender; its generative part is not here. Phi is a convolutional net
     from scratch (``tower``), ``width`` its first channels, ``size`` the pixels a side. BPR with ``reg`` times
     ``losses.l2`` of the batch's users; decay of the net is ``fit``'s. An item without a picture is a zero vector; a new
-    one is scored like any other. Departures: a smaller net of the same plan for smaller pictures (the paper: 224 pixels,
-    64 channels, 71 M weights); a batch's pictures are looked at once each, so that a positive and a negative that are
-    one item share their dropout; ``loss="softmax"``: see ``VectorModel``. Raises ``DataError`` for a catalogue without
-    pictures.
+    one is scored like any other. Departures: a smaller net of the same plan for smaller pictures (the paper: 224
+    pixels, 64 channels, 71 M weights); a batch's pictures are looked at once each, so that a positive and a negative
+    that are one item share their dropout; ``loss="softmax"``: see ``VectorModel``. Raises ``DataError`` for a catalogue
+    without pictures.
     """
 
     supports_cold_items: ClassVar[bool] = True

@@ -19,9 +19,10 @@ class EASE(ClosedForm):
     """Embarrassingly shallow autoencoder: score(u, .) = x_u B, where B predicts each item from all the others.
 
     B minimises ||X - X B||_F^2 + reg ||B||_F^2 with a zero diagonal: with P = (X^T X + reg 1)^-1, B_ij = -P_ij / P_jj
-    off the diagonal (Steck 2019, eq. 8). Computed once, when first needed, in float64 by Cholesky: I^3 operations and
-    8 I^2 bytes a matrix, about 0.4 GB at 7,000 items. With ``dropout`` p it is EDLAE, the autoencoder trained with that
-    share of its input gone: P = (G + p / (1 - p) diag(G) + reg 1)^-1, G = X^T X (Steck 2020, eqs. 8 and 9). An item or a user without events scores 0.
+    off the diagonal (Steck 2019, eq. 8). Computed once, when first needed, in float64 by Cholesky: I^3 operations and 8
+    I^2 bytes a matrix, about 0.4 GB at 7,000 items. With ``dropout`` p it is EDLAE, the autoencoder trained with that
+    share of its input gone: P = (G + p / (1 - p) diag(G) + reg 1)^-1, G = X^T X (Steck 2020, eqs. 8 and 9). An item or
+    a user without events scores 0.
     """
 
     def __init__(self, train: Interactions, *, reg: float = 200.0, dropout: float = 0.0):

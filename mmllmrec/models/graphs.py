@@ -19,7 +19,8 @@ from mmllmrec.models.vectors import VectorModel
 
 @dataclass
 class Encoded:
-    """Vectors of all users (U, D) and items (I, D), and ``parts``: what else a step of training needs of the same pass."""
+    """Vectors of all users (U, D) and items (I, D), and ``parts``: what else a step of training needs of the same
+    pass."""
 
     users: Tensor
     items: Tensor

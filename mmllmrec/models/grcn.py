@@ -27,10 +27,10 @@ class GRCN(MultimodalModel):
     Wei et al. 2020 (arXiv 2111.02036). f_m = unit(act(W_m x_m + b_m)); prototypes p of users start at a table of
     preferences and, ``routing`` times, p <- unit(p + sum over the user's items of a_ui f_i) with a the softmax over
     these of p . f. With x = [p; f], a_m(s -> d) the softmax over d's neighbours of x_s . x_d, content c_m = x + sum of
-    a_m x. Edges weigh max over m of a_m(s -> d) r_sm, r a confidence of each node in each modality, negative weights cut
-    (``prune_edges``); IDs at unit length plus two propagations over them. Vectors are [IDs; c_1; ...; c_M]. BPR, and
-    ``reg`` times the mean squares of the batch's IDs and preferences. An item's absent modality is zero, its edges have
-    affinity exp(0). Departures: routing works; in the published code its rounds change nothing (``routing=0``).
+    a_m x. Edges weigh max over m of a_m(s -> d) r_sm, r a confidence of each node in each modality, negative weights
+    cut (``prune_edges``); IDs at unit length plus two propagations over them. Vectors are [IDs; c_1; ...; c_M]. BPR,
+    and ``reg`` times the mean squares of the batch's IDs and preferences. An item's absent modality is zero, its edges
+    have affinity exp(0). Departures: routing works; in the published code its rounds change nothing (``routing=0``).
     Confidences start at 1, where normal noise of spread 0.01 there leaves the refined graph almost empty.
     """
 
@@ -91,7 +91,8 @@ class GRCN(MultimodalModel):
             own_users, own_items = edges.to_users(inward, own_items), edges.to_items(outward, own_users)
             total_users, total_items = total_users + own_users, total_items + own_items
         whole = torch.cat([torch.cat([total_users, total_items]), *contents], dim=1)
-        return Encoded(*whole.split([self.n_users, self.n_items]))
+        users, items = whole.split([self.n_users, self.n_items])
+        return Encoded(users, items)
 
     def _affinity(self, users: Tensor, items: Tensor) -> Tensor:
         """Inner products of both ends of every event: (U, D), (I, D) -> (E,)."""

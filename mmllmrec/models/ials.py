@@ -40,7 +40,8 @@ class Factorised(ClosedForm):
         return torch.from_numpy(np.ascontiguousarray(users)), torch.from_numpy(items)
 
     def folded(self, history: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
-        """Factors of all users by other events: (U, I) -> (U, D). The mean of their items', unless a method has better."""
+        """Factors of all users by other events: (U, I) -> (U, D). The mean of their items', unless a method has
+        better."""
         return means_of(history, torch.from_numpy(self.factors[1])).numpy()
 
     def score(self, users: np.ndarray | Tensor) -> Tensor:
@@ -68,9 +69,9 @@ class Factorised(ClosedForm):
 class IALS(Factorised):
     """Weighted alternating least squares on implicit feedback.
 
-    sum over all u, i of c_ui (p_ui - x_u . y_i)^2 + reg (sum of ||x_u||^2 + ||y_i||^2), p 1 for an event and 0 elsewhere,
-    c = 1 + ``alpha`` p, Hu et al. 2008, eqs. 3 to 5; ``implicit.als``, three conjugate-gradient steps a row (Takacs et
-    al. 2011). A new user is its exact minimiser given the items. Raises ``DataError`` for a ``reg`` below 0.
+    sum over all u, i of c_ui (p_ui - x_u . y_i)^2 + reg (sum of ||x_u||^2 + ||y_i||^2), p 1 for an event and 0
+    elsewhere, c = 1 + ``alpha`` p, Hu et al. 2008, eqs. 3 to 5; ``implicit.als``, three conjugate-gradient steps a row
+    (Takacs et al. 2011). A new user is its exact minimiser given the items. Raises ``DataError`` for a ``reg`` below 0.
     """
 
     def __init__(

@@ -25,9 +25,9 @@ from mmllmrec.models.multimodal import LearnedGraph, MultimodalModel
 class LATTICE(MultimodalModel):
     """Items' IDs smoothed over a learned graph of alike items, added to LightGCN's output at unit length.
 
-    Zhang et al. 2021 (arXiv 2104.09036). A graph a modality, frozen and learned (``LearnedGraph``, ``keep`` the share of
-    the frozen one), mixed by learned weights alpha: h = sum over m of alpha_m A_m ... A_m Q, q_i = LightGCN(i) + h_i /
-    |h_i|. BPR, and ``reg`` times ``losses.l2`` of the batch's final vectors. The weights are a softmax over the
+    Zhang et al. 2021 (arXiv 2104.09036). A graph a modality, frozen and learned (``LearnedGraph``, ``keep`` the share
+    of the frozen one), mixed by learned weights alpha: h = sum over m of alpha_m A_m ... A_m Q, q_i = LightGCN(i) + h_i
+    / |h_i|. BPR, and ``reg`` times ``losses.l2`` of the batch's final vectors. The weights are a softmax over the
     modalities that an item has. Departures: LightGCN's graph is the usual one (published: self-loops and row means);
     features are frozen (``trained_features=True`` trains the tables, as published); see ``LearnedGraph``.
     """

@@ -29,10 +29,10 @@ class LGMRec(MultimodalModel):
     [mean of a user's Y_m; Y_m], Y_m = x_m W_m. Global: items belong to K hyperedges by H_i = softmax((x_m V_m + g) /
     temperature), users by the sum of their items' logits, with Gumbel noise g and ``dropout`` of memberships in
     training; ``hyper_layers`` times items -> hyperedges -> items and users, from C. F = C + sum of unit G_m +
-    ``global_weight`` unit(sum of the global vectors). BPR, ``reg`` times ``losses.embedding_norm`` of the batch's F, and
-    ``contrast_weight`` times the InfoNCE of two modalities' global vectors, the batch's nodes among all nodes. An item
-    without a modality has no content and no membership there. Departures: no noise when scoring, where the published
-    code's scores change from call to call; the contrast is a mean over the batch, of every pair of modalities
+    ``global_weight`` unit(sum of the global vectors). BPR, ``reg`` times ``losses.embedding_norm`` of the batch's F,
+    and ``contrast_weight`` times the InfoNCE of two modalities' global vectors, the batch's nodes among all nodes. An
+    item without a modality has no content and no membership there. Departures: no noise when scoring, where the
+    published code's scores change from call to call; the contrast is a mean over the batch, of every pair of modalities
     (published: a sum, with weight 1e-4, so 0.2 at 2,048 rows).
     """
 
@@ -93,7 +93,8 @@ class LGMRec(MultimodalModel):
             parts[m] = self._global(logits, self.present(m), items)
             everywhere = everywhere + parts[m]
         whole = local + self.global_weight * unit(everywhere)
-        return Encoded(*whole.split([self.n_users, self.n_items]), parts)
+        users, items = whole.split([self.n_users, self.n_items])
+        return Encoded(users, items, parts)
 
     def _global(self, logits: Tensor, present: Tensor, items: Tensor) -> Tensor:
         """Vectors through the hyperedges of one modality: (I, K), (I,), (I, D) -> (N, D)."""

@@ -5,6 +5,8 @@ Legend: U users, I items, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ class LightGCNContent(IDGraph, ContentModel):
         id_dropout: float = 0.3,
         loss: str = "bpr",
     ):
-        options = {"dim": dim, "layers": layers, "reg": reg, "id_dropout": id_dropout}
+        options: dict[str, Any] = {"dim": dim, "layers": layers, "reg": reg, "id_dropout": id_dropout}
         super().__init__(train, catalog=catalog, features=features, feature_dim=feature_dim, loss=loss, **options)
         self.users = nn.Embedding(self.n_users, dim)
         self.items = nn.Embedding(self.n_items, dim)

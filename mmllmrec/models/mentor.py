@@ -26,14 +26,14 @@ class MENTOR(ModalModel):
 
     Xu et al. 2025 (arXiv 2402.19407). Each modality, and an ID table, has a graph encoder (``ModalEncoder``); with [;]
     concatenation, fused users are [w_u1 U_1; ...], items [V_1; ...], the ID guide and each modality repeated to that
-    width, and all items over the frozen graph of alike items beside themselves. ``align_weight`` times, over all pairs of
-    guide, fused and modalities, |mean - mean| + |variance - variance| of all their entries; ``graph_weight`` times the
-    InfoNCE of two passes with ``noise``, of the batch's nodes; ``mask_weight`` times the masked-feature loss: what a
-    linear map makes of the fused vector should be what dropout leaves of it (1 - cos). A modality an item lacks is
+    width, and all items over the frozen graph of alike items beside themselves. ``align_weight`` times, over all pairs
+    of guide, fused and modalities, |mean - mean| + |variance - variance| of all their entries; ``graph_weight`` times
+    the InfoNCE of two passes with ``noise``, of the batch's nodes; ``mask_weight`` times the masked-feature loss: what
+    a linear map makes of the fused vector should be what dropout leaves of it (1 - cos). A modality an item lacks is
     what the graph makes of it. Departures: the masked loss is trained, its dropout copy without gradient; the published
     code computes it without any gradient (``train_mask=False``: it is left out, which trains the same). Noisy passes
-    share the encoders, where that code gives them networks of their own that nothing else reads; the contrast is of
-    the batch's nodes, not of all; natural logarithm.
+    share the encoders, where that code gives them networks of their own that nothing else reads; the contrast is of the
+    batch's nodes, not of all; natural logarithm.
     """
 
     graphs = "mixed"
@@ -104,7 +104,8 @@ class MENTOR(ModalModel):
                 parts[f"view of {m}"] = self._over_items(*wide)
         if self.training and self.graph_weight:
             parts["one"], parts["other"] = (self._fused(*self.each(self.encoders, noise=self.noise)) for _ in range(2))
-        return Encoded(*fused.split([self.n_users, self.n_items]), parts)
+        users, items = fused.split([self.n_users, self.n_items])
+        return Encoded(users, items, parts)
 
     def _fused(self, users: Tensor, items: Tensor) -> Tensor:
         return self._over_items((self.personal[..., None] * users).flatten(1), items.flatten(1))

@@ -106,10 +106,11 @@ class MMGCN(MultimodalModel):
         total = torch.zeros_like(ids)
         for content, preference, stack in zip(self.through(self.shrink), self.preferences, self.stacks, strict=True):
             x = torch.cat([unit(preference) * self.known[:, None], unit(content)])
-            for layer in stack:  # type: ignore[union-attr]
+            for layer in stack:  # type: ignore[attr-defined, union-attr]
                 x = layer(x, ids, self.means)
             total = total + x
-        return Encoded(*total.split([self.n_users, self.n_items]))
+        users, items = total.split([self.n_users, self.n_items])
+        return Encoded(users, items)
 
     def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
         terms = {self.loss_name: self.ranked(batch, vectors)}

@@ -48,7 +48,9 @@ class MultimodalModel(EncodedModel, ContentModel):
         layers: int,
         **config: Any,
     ):
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}  # as JSON gives it back
+        plain: dict[str, Any] = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in config.items()
+        }  # as JSON gives it back
         super().__init__(train, catalog=catalog, features=features, dim=dim, layers=layers, **plain)
         self.dim = dim
         if self.with_item_ids:
@@ -84,7 +86,7 @@ class MultimodalModel(EncodedModel, ContentModel):
         """A linear map a modality, F_m -> dim."""
         return nn.ModuleList(nn.Linear(self.features.widths[m], dim, bias=bias) for m in self.modalities)
 
-    def through(self, maps: Sequence[Callable[[Tensor], Tensor]] | nn.ModuleList) -> list[Tensor]:
+    def through(self, maps: nn.ModuleList) -> list[Tensor]:
         """Each modality's features through its map, (I, dim) a modality; an absent one is exactly zero."""
         return [layer(self.rows(m)) * self.present(m)[:, None] for m, layer in zip(self.modalities, maps, strict=True)]
 
@@ -123,8 +125,8 @@ class ModalEncoder(nn.Module):
 class ModalModel(MultimodalModel):
     """A ``MultimodalModel`` without item IDs: a ``ModalEncoder`` a modality, and users with weights of their own.
 
-    ``personal`` (U, M), free, about 1 / M at the start: how much each user heeds each modality. Under BPR ``reg`` weighs
-    the mean squares of the batch's preferences and of ``personal``.
+    ``personal`` (U, M), free, about 1 / M at the start: how much each user heeds each modality. Under BPR ``reg``
+    weighs the mean squares of the batch's preferences and of ``personal``.
     """
 
     with_item_ids = False
@@ -152,7 +154,7 @@ class ModalModel(MultimodalModel):
     def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
         terms = {self.loss_name: self.ranked(batch, vectors)}
         if self.reg and self.loss_name == "bpr":
-            squares = [e.preference[batch.users].square().mean() for e in self.encoders]  # type: ignore[union-attr, operator]
+            squares = [e.preference[batch.users].square().mean() for e in self.encoders]  # type: ignore[union-attr, index, operator]
             terms["reg"] = self.reg * torch.stack([*squares, self.personal.square().mean()]).sum()
         return terms
 

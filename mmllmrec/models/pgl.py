@@ -32,12 +32,12 @@ class PGL(MultimodalModel, PrunedGraph):
 
     Yu et al. 2025 (AAAI, doi 10.1609/aaai.v39i12.33429). Items are unit linear maps of their features, users free
     vectors, side by side over the modalities (M D wide); LightGCN's encoder on the subgraph, and for items their
-    content over the frozen graph of alike items beside it. ``subgraph="local"``: the epoch's sample of events, ``prune``
-    of them left out by degree; ``"global"``: from the leading ``rank`` singular triples s, U, V of the adjacency, the
-    sum of s_j s_(rank-q+j) U_j V_j over the q = rank / 4 leading ones, entries below 1e-3 zero, built once. BPR, and
-    ``contrast_weight`` times the InfoNCE of two dropout copies of the batch's users, and of its items. An item without
-    any content is zero before the graph. Departures: features are frozen (``trained_features=True`` trains the tables,
-    as published); nodes are de-duplicated before the contrast.
+    content over the frozen graph of alike items beside it. ``subgraph="local"``: the epoch's sample of events,
+    ``prune`` of them left out by degree; ``"global"``: from the leading ``rank`` singular triples s, U, V of the
+    adjacency, the sum of s_j s_(rank-q+j) U_j V_j over the q = rank / 4 leading ones, entries below 1e-3 zero, built
+    once. BPR, and ``contrast_weight`` times the InfoNCE of two dropout copies of the batch's users, and of its items.
+    An item without any content is zero before the graph. Departures: features are frozen (``trained_features=True``
+    trains the tables, as published); nodes are de-duplicated before the contrast.
     """
 
     with_item_ids = False
@@ -88,15 +88,15 @@ class PGL(MultimodalModel, PrunedGraph):
         self.item_layers, self.contrast_weight = item_layers, contrast_weight
         self.dropout, self.temperature = dropout, temperature
         self.prune = prune if subgraph == "local" else 0.0
-        self.users = nn.ParameterList(torch.empty(self.n_users, dim) for _ in self.modalities)
-        for table in self.users:
+        self.preferences = nn.ParameterList(torch.empty(self.n_users, dim) for _ in self.modalities)
+        for table in self.preferences:
             nn.init.xavier_uniform_(table)
         self.maps = self.linear_each(dim)
         if subgraph == "global":
             self.sampled = Propagation(principal(normalised_adjacency(train), rank=rank))
 
     def encode(self) -> Encoded:
-        users = torch.cat(list(self.users), dim=1) * self.known[:, None]
+        users = torch.cat(list(self.preferences), dim=1) * self.known[:, None]
         told = [
             unit(layer(self.rows(m))) * self.present(m)[:, None]
             for m, layer in zip(self.modalities, self.maps, strict=True)

@@ -81,7 +81,7 @@ class SelfCF(EncodedModel):
         users, items = users.detach(), items.detach()
         if self.target == "edges":
             kept = self.graph.propagation.matrix()
-            values = F.dropout(self.graph.propagation.values, self.dropout)
+            values = F.dropout(self.graph.propagation.get_buffer("values"), self.dropout)
             thinned = torch.sparse_csr_tensor(
                 kept.crow_indices(), kept.col_indices(), values, kept.shape, check_invariants=False
             )

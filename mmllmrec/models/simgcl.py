@@ -19,9 +19,9 @@ from mmllmrec.models.graphs import Encoded, EncodedModel
 class SimGCL(EncodedModel):
     """LightGCN's propagation without its own layer, and a contrast of two noisy passes.
 
-    Yu et al. 2022 (arXiv 2112.08679). Z = mean of layers 1..L of E^(l) = A E^(l-1), A = D^-1/2 A D^-1/2. A view adds, at
-    every layer, noise of length ``noise`` in the orthant of the embedding: E + sign(E) * noise * r / |r|, r uniform in
-    0..1. The term is ``weight`` times the InfoNCE between two views of the batch's distinct users, plus that of its
+    Yu et al. 2022 (arXiv 2112.08679). Z = mean of layers 1..L of E^(l) = A E^(l-1), A = D^-1/2 A D^-1/2. A view adds,
+    at every layer, noise of length ``noise`` in the orthant of the embedding: E + sign(E) * noise * r / |r|, r uniform
+    in 0..1. The term is ``weight`` times the InfoNCE between two views of the batch's distinct users, plus that of its
     distinct positive items, at ``temperature``, one way. With ``loss="softmax"`` the main loss takes BPR's place
     (``VectorModel``). Departures: the penalty is the family's unsquared norm (``losses.embedding_norm``) of propagated
     vectors; the two views' first product, which has no noise yet, is the clean pass's.

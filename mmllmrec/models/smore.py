@@ -6,6 +6,7 @@ Legend: U users, I items, N = U + I nodes, M modalities, D width, F_m width of a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -40,12 +41,12 @@ class SMORE(MultimodalModel):
     """Denoised by a filter a modality, fused by the product of spectra, and weighed by what behaviour prefers.
 
     Ong and Khong 2025 (arXiv 2412.14978). y_m = rfft(W_m x_m + b_m); B_m = irfft(y_m * K_m), B_f = irfft(product of all
-    y_m * K_f). IDs gated by each, Q * sigmoid(G_c B_c + g_c), run over the modality's graph of alike items, the fused ones
-    over the elementwise maximum of those graphs, and reach users by the normalised events. Each modality's view is
-    weighed by softmax over the coordinates of a query of the fused view; C = LightGCN's encoder; side Y = mean over views
-    of sigmoid(P_c C + p_c) * view, with ``dropout`` of the gates; vectors C + Y. BPR, ``reg`` times ``losses.l2`` of the
-    batch's final vectors, ``contrast_weight`` times the InfoNCE of Y against C. A modality an item lacks has no view
-    there, and a product of spectra is of those it has. Departures: features are frozen (``trained_features=True``
+    y_m * K_f). IDs gated by each, Q * sigmoid(G_c B_c + g_c), run over the modality's graph of alike items, the fused
+    ones over the elementwise maximum of those graphs, and reach users by the normalised events. Each modality's view is
+    weighed by softmax over the coordinates of a query of the fused view; C = LightGCN's encoder; side Y = mean over
+    views of sigmoid(P_c C + p_c) * view, with ``dropout`` of the gates; vectors C + Y. BPR, ``reg`` times ``losses.l2``
+    of the batch's final vectors, ``contrast_weight`` times the InfoNCE of Y against C. A modality an item lacks has no
+    view there, and a product of spectra is of those it has. Departures: features are frozen (``trained_features=True``
     trains the tables, as published); nodes are de-duplicated before the contrast.
     """
 
@@ -98,10 +99,8 @@ class SMORE(MultimodalModel):
 
     def _use(self, features: FeatureTable) -> None:
         super()._use(features)
-        fused = self.modal_graphs[0].sparse()
-        for graph in list(self.modal_graphs)[1:]:
-            fused = fused.maximum(graph.sparse())
-        self.fused_graph = Propagation(fused)
+        first, *rest = (graph.sparse() for graph in self.modal_graphs)  # type: ignore[operator]
+        self.fused_graph = Propagation(reduce(lambda a, b: a.maximum(b), rest, first))
 
     def encode(self) -> Encoded:
         ids = self.ids()

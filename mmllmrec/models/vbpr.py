@@ -5,6 +5,8 @@ Legend: B batch, C some items, U users, I items, M modalities, D width of each h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class VBPR(ContentModel):
         bias: bool = False,
         loss: str = "bpr",
     ):
-        options = {"dim": dim, "reg": reg, "bias": bias}
+        options: dict[str, Any] = {"dim": dim, "reg": reg, "bias": bias}
         super().__init__(train, catalog=catalog, features=features, feature_dim=feature_dim, loss=loss, **options)
         if bias and loss != "bpr":
             raise DataError(f"bias=True: a cosine has no biases; use loss='bpr', not loss={loss!r}")

@@ -50,11 +50,11 @@ def cosine_softmax(p: Tensor, q: Tensor, found: InBatch, *, log_scale: Tensor) -
 class VectorModel(Recommender):
     """A recommender that gives each user and each item a vector, trainable with BPR or with the softmax.
 
-    ``loss="bpr"``: score(u, i) = p_u . q_i, one sampled negative a positive, and ``reg`` times
-    ``penalty`` (``losses.embedding_norm``) of what ``penalised`` names. ``loss="softmax"``: score(u, i) = cos(p_u, q_i) /
+    ``loss="bpr"``: score(u, i) = p_u . q_i, one sampled negative a positive, and ``reg`` times ``penalty``
+    (``losses.embedding_norm``) of what ``penalised`` names. ``loss="softmax"``: score(u, i) = cos(p_u, q_i) /
     temperature, learned, with ``cosine_softmax``; no negative is sampled and ``reg`` does nothing, since a cosine has
-    no norms to penalise. There, a user without an event, and in a model that reads no content an item without one, is
-    a zero vector: its ID is absent. A subclass defines ``vectors``. Raises ``DataError`` for a loss that is not among
+    no norms to penalise. There, a user without an event, and in a model that reads no content an item without one, is a
+    zero vector: its ID is absent. A subclass defines ``vectors``. Raises ``DataError`` for a loss that is not among
     ``losses``.
     """
 
