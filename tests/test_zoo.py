@@ -1,14 +1,406 @@
-"""The literature's systems: what each one's own idea does, where a wrong sign or a lost mask would show."""
+"""The literature's systems: what each one's own idea does, against dense formulas, where a wrong sign would show."""
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mmllmrec as mm
 from mmllmrec import models
-from mmllmrec.data.interactions import DataError
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.data.sampling import epoch
+from mmllmrec.encoders.graph import Edges, mean_adjacency, normalised_adjacency, normalised_events
+from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.diffmm import schedule
+from mmllmrec.models.pgl import principal
 from mmllmrec.seed import seed_everything
+
+U, N, D = 7, 11, 5
+
+
+@pytest.fixture(scope="module")
+def train() -> Interactions:
+    """Seven users and eleven items; the last user and the last item have no event."""
+    cells = np.random.default_rng(0).choice((U - 1) * (N - 1), size=31, replace=False)
+    ids = IdMap([f"u{u}" for u in range(U)], what="user id"), IdMap([f"i{i}" for i in range(N)], what="item id")
+    return Interactions(cells // (N - 1), cells % (N - 1), None, *ids)
+
+
+@pytest.fixture(scope="module")
+def features() -> FeatureTable:
+    """Two modalities; item 2 has none, item 3 the first alone."""
+    rng = np.random.default_rng(1)
+    present = np.ones((N, 2), dtype=bool)
+    present[2], present[3, 1] = False, False
+    return FeatureTable({"image": rng.normal(size=(N, 4)), "text": rng.normal(size=(N, 6))}, present)
+
+
+def batch_of(train, negatives=1, size=13):
+    return next(epoch(train, batch_size=size, negatives=negatives, rng=np.random.default_rng(0)))
+
+
+def dense(matrix) -> torch.Tensor:
+    return torch.tensor(matrix.toarray(), dtype=torch.float32)
+
+
+def test_computed_edges_are_their_dense_formulas(train):
+    edges = Edges(train)
+    r = torch.zeros(U, N)
+    r[edges.users, edges.items] = 1
+    assert torch.equal(r > 0, dense(train.csr) > 0) and (edges.users.diff() >= 0).all()
+    logits = torch.randn(len(train), dtype=torch.float64, requires_grad=True)
+    users, items = torch.randn(U, D).double().requires_grad_(), torch.randn(N, D).double().requires_grad_()
+    table = torch.full((U, N), -torch.inf, dtype=torch.float64).index_put((edges.users, edges.items), logits)
+    over_items = torch.softmax(table[:-1], dim=1)[edges.users, edges.items]
+    over_users = torch.softmax(table[:, :-1], dim=0)[edges.users, edges.items]
+    ours = edges.softmax(logits)
+    torch.testing.assert_close(ours[0], over_items)
+    torch.testing.assert_close(ours[1], over_users)
+    weight = torch.zeros(U, N, dtype=torch.float64).index_put((edges.users, edges.items), ours[0])
+    for mine, naive in (
+        (edges.to_users(ours[0], items), weight @ items),
+        (edges.to_items(ours[0], users), weight.T @ users),
+    ):
+        torch.testing.assert_close(mine, naive)
+        wanted = [x for x in (logits, users, items) if x is logits or mine.shape[0] == (U if x is items else N)]
+        grads = [torch.autograd.grad((y**3).sum(), wanted, retain_graph=True) for y in (mine, naive)]
+        torch.testing.assert_close(*grads)
+
+
+def test_means_and_normalised_events(train):
+    r = (dense(train.csr) > 0).float()
+    of_user, of_item = r.sum(1, keepdim=True).clamp(min=1), r.sum(0, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(dense(normalised_events(train, mean=True)), r / of_user)
+    torch.testing.assert_close(dense(normalised_events(train)), r / (of_user * of_item).sqrt())
+    a = torch.cat([torch.cat([torch.zeros(U, U), r], 1), torch.cat([r.T, torch.zeros(N, N)], 1)])
+    torch.testing.assert_close(dense(mean_adjacency(train)), a / a.sum(1, keepdim=True).clamp(min=1))
+
+
+def test_layergcn_weighs_layers_by_their_likeness_to_the_start(train):
+    torch.manual_seed(0)
+    model = models.LayerGCN(train, dim=D, layers=3, prune=0.5).eval()
+    a = dense(normalised_adjacency(train))
+    x = own = torch.cat([model.users.weight, model.items.weight])
+    total = torch.zeros_like(own)
+    for _ in range(3):
+        y = a @ x
+        x = torch.stack([F.cosine_similarity(y[n], own[n], dim=0) * y[n] for n in range(U + N)])
+        total = total + x
+    torch.testing.assert_close(torch.cat(model.encode().pick(slice(None), slice(None))), total, atol=1e-6, rtol=1e-5)
+    model.train().begin_epoch(np.random.default_rng(0))
+    kept = model.sampled.sparse()
+    assert kept.nnz == 2 * round(0.5 * len(train)) and not torch.allclose(model.encode().users, total[:U])
+
+
+def test_simgcl_noise_has_its_length_and_keeps_the_orthant(train):
+    torch.manual_seed(0)
+    model = models.SimGCL(train, dim=D, layers=1, noise=0.3)
+    encoded = model.encode()
+    clean = torch.cat([encoded.users, encoded.items])
+    some = clean.abs().sum(1) > 0
+    for view in (encoded.parts["one"], encoded.parts["other"]):
+        torch.testing.assert_close((view - clean)[some].norm(dim=1), torch.full((int(some.sum()),), 0.3))
+        assert (view.sign() == clean.sign())[some].all()
+    assert not torch.equal(encoded.parts["one"], encoded.parts["other"]) and not model.eval().encode().parts
+
+
+def test_freedom_gives_a_new_item_its_neighbours_ids(train, features):
+    torch.manual_seed(0)
+    model = models.FREEDOM(train, features=features, dim=D, neighbours=3, shares=(0.25, 0.75), prune=0.5).eval()
+    graphs = [np.zeros((N, N)), np.zeros((N, N))]
+    for c, m in enumerate(features.modalities):
+        x = torch.from_numpy(features.tables[m].copy())
+        here = np.flatnonzero(features.presence[:, c])
+        for i in here:
+            best = sorted(here, key=lambda j: -float(F.cosine_similarity(x[i], x[j], dim=0)))[:3]
+            graphs[c][i, best] = 1 / 3
+    s = 0.25 * graphs[0] + 0.75 * graphs[1]
+    s[3] = graphs[0][3]  # it lacks the second: the first is all it is alike in
+    np.testing.assert_allclose(model.item_graph.sparse().toarray(), s, atol=1e-6)
+    ids = model.items.weight * model.warm[:, None]
+    items = model.embed()[1]
+    torch.testing.assert_close(items[-1], torch.tensor(s[-1], dtype=torch.float32) @ ids)
+    assert (items[2] - ids[2]).abs().sum() > 0  # an item without content has its events alone
+    model.train().begin_epoch(np.random.default_rng(1))
+    assert not torch.allclose(model.encode().users, model.embed()[0])
+
+
+def test_bm3_and_selfcf_need_no_negative_and_their_targets_stand_still(train, features):
+    for model in (models.BM3(train, features=features, dim=D, dropout=0.0), models.SelfCF(train, dim=D, dropout=0.0)):
+        torch.manual_seed(0)
+        assert model.negatives == 0
+        terms = model.loss(batch_of(train, negatives=0))
+        online = (
+            model._online()
+            if isinstance(model, models.BM3)
+            else model.graph(*model.trained(model.users.weight, model.items.weight))
+        )
+        batch = batch_of(train, negatives=0)
+        u, i = online[0][batch.users], online[1][batch.items]
+        cos = F.cosine_similarity
+        naive = (1 - cos(model.predictor(u), i.detach())).mean() + (1 - cos(model.predictor(i), u.detach())).mean()
+        share = 1 if isinstance(model, models.BM3) else 2
+        torch.testing.assert_close(terms["bootstrap"], naive / share)
+        wanted = [model.users.weight, model.predictor.weight]
+        mine, theirs = (torch.autograd.grad(x, wanted, retain_graph=True) for x in (terms["bootstrap"], naive / share))
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_selfcf_history_mixes_what_was_seen_last(train):
+    torch.manual_seed(0)
+    model = models.SelfCF(train, dim=D, target="history", momentum=0.25)
+    batch = batch_of(train, negatives=0)
+    assert (model.seen_users == 0).all()
+    model.loss(batch)
+    first = model.graph(*model.trained(model.users.weight, model.items.weight))[0].detach()
+    torch.testing.assert_close(model.seen_users[batch.users], first[batch.users])
+    model.users.weight.data.mul_(-2)
+    second = model.graph(*model.trained(model.users.weight, model.items.weight))[0].detach()
+    target = model._targets(*model.graph(*model.trained(model.users.weight, model.items.weight)), batch)[0]
+    torch.testing.assert_close(target, 0.25 * first[batch.users] + 0.75 * second[batch.users])
+
+
+def test_mgcn_leaves_out_what_an_item_lacks(train, features):
+    torch.manual_seed(0)
+    model = models.MGCN(train, features=features, dim=D, neighbours=3)
+    views, behaviour = torch.randn(U + N, 2, D, requires_grad=True), torch.randn(U + N, D)
+    side = model.fused(views, behaviour)
+    (gradient,) = torch.autograd.grad((side**2).sum(), views)
+    items = gradient[U:].abs().sum(-1) > 0
+    assert items.tolist() == features.presence.tolist() and (gradient[:U].abs().sum(-1) > 0).all()
+    scores = [float(model.attention(views[0, m])) for m in range(2)]
+    w = torch.softmax(torch.tensor(scores), 0)
+    shared = w[0] * views[0, 0] + w[1] * views[0, 1]
+    parts = [torch.sigmoid(model.preferences[m](behaviour[0])) * (views[0, m] - shared) for m in range(2)]
+    torch.testing.assert_close(side[0], (shared + parts[0] + parts[1]) / 3)
+
+
+def test_lattice_learned_graph_is_its_dense_formula(train, features):
+    torch.manual_seed(0)
+    model = models.LATTICE(train, features=features, dim=D, neighbours=3, keep=0.3)
+    x = torch.randn(N, D, requires_grad=True)
+    outs = model.learned(model, x)
+    for c, (m, layer) in enumerate(zip(model.modalities, model.learned.maps, strict=True)):
+        here = torch.from_numpy(features.presence[:, c].copy())
+        told = F.normalize(layer(model.rows(m)), dim=1)
+        cosine = (told @ told.T).masked_fill(~(here[:, None] & here), -2.0)
+        a = torch.zeros(N, N).scatter(1, cosine.topk(3, dim=1).indices, 1.0) * cosine.clamp(min=0)
+        a = a * here[:, None]
+        half = a.sum(1).clamp(min=1e-12).rsqrt() * here
+        naive = 0.3 * (dense(model.modal_graphs[c].sparse()) @ x) + 0.7 * ((half[:, None] * a * half) @ x)
+        torch.testing.assert_close(outs[c], naive, atol=1e-5, rtol=1e-4)
+        wanted = [x, layer.weight]
+        mine, theirs = (torch.autograd.grad((y**2).sum(), wanted, retain_graph=True) for y in (outs[c], naive))
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_lattice_chooses_neighbours_once_an_epoch_and_keeps_them_when_resumed(train, features):
+    torch.manual_seed(0)
+    model = models.LATTICE(train, features=features, dim=D, neighbours=3)
+    before = model.learned.near0.clone()
+    for layer in model.learned.maps:
+        torch.nn.init.normal_(layer.weight)
+    model.begin_epoch(np.random.default_rng(0), resumed=True)
+    assert torch.equal(model.learned.near0, before) and "learned.near0" in model.state_dict()
+    model.begin_epoch(np.random.default_rng(0))
+    assert not torch.equal(model.learned.near0, before)
+
+
+def test_mmgcn_layer_is_its_formula(train, features):
+    torch.manual_seed(0)
+    model = models.MMGCN(train, features=features, dim=D, layers=1, reg=0.5).eval()
+    a, total = dense(mean_adjacency(train)), 0.0
+    users, items = model.trained(*model.node.split([U, N]))
+    ids = torch.cat([users, items])
+    for m, preference, stack in zip(model.modalities, model.preferences, model.stacks, strict=True):
+        x = torch.cat([F.normalize(preference) * model.known[:, None], F.normalize(model.rows(m))])
+        layer = stack[0]
+        h = F.leaky_relu(a @ (x @ layer.neighbour.weight.T))
+        own = F.leaky_relu(layer.own(x)) + ids
+        total = total + F.leaky_relu(layer.join(torch.cat([h, own], 1)))
+    encoded = model.encode()
+    torch.testing.assert_close(torch.cat([encoded.users, encoded.items]), total, atol=1e-5, rtol=1e-4)
+    frozen = models.MMGCN(train, features=features, dim=D, layers=1, train_ids=False)
+    assert not frozen.node.requires_grad and set(frozen.loss(batch_of(train))) == {"bpr"}
+
+
+def test_grcn_routing_moves_prototypes_and_the_code_s_variant_does_not(train, features):
+    found = []
+    for rounds in (0, 3):
+        torch.manual_seed(0)
+        found.append(models.GRCN(train, features=features, dim=D, routing=rounds).embed())
+    assert not torch.allclose(found[0][0][:, :D], found[1][0][:, :D])  # edges follow the prototypes
+    model = models.GRCN(train, features=features, dim=D)
+    model.confidence.data.fill_(-1.0)
+    users, items = model.embed()
+    ids = F.normalize(model.users.weight) * model.known[:, None]
+    torch.testing.assert_close(users[:, :D], ids)  # every edge is cut: nothing flows
+    assert (items[-1, :D] == 0).all() and (items[-1, D:].abs().sum() > 0)
+
+
+def test_principal_subgraph_is_the_dense_one(train):
+    a = normalised_adjacency(train)
+    u, s, vt = np.linalg.svd(a.toarray().astype(np.float64))
+    rank, kept = 8, 2
+    naive = (u[:, :kept] * (s[:kept] * s[rank - kept : rank])) @ vt[:kept]
+    naive[np.abs(naive) < 1e-3] = 0
+    # the spectrum of a bipartite graph comes in pairs +s, -s of one size: their sum is what is unique
+    ours = principal(a, rank=rank, block=5).toarray()
+    assert np.linalg.matrix_rank(ours, tol=1e-3) <= kept and ours.shape == a.shape
+    np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(naive), rtol=0.05)
+
+
+def test_lgmrec_scores_do_not_change_from_call_to_call(train, features):
+    torch.manual_seed(0)
+    model = models.LGMRec(train, features=features, dim=D)
+    assert torch.equal(model.score(np.arange(U)), model.score(np.arange(U)))
+    one, other = model.encode(), model.encode()
+    assert not torch.equal(one.users, other.users)  # memberships are drawn while it trains
+    members = torch.softmax(model.through(model.members)[0] / 0.2, dim=1)
+    model.eval()
+    expected = (members * model.present("image")[:, None]) @ (
+        (members * model.present("image")[:, None]).T @ model.graph(*model.ids())[1]
+    )
+    torch.testing.assert_close(model.encode().parts["image"][U:], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_mentor_trains_its_mask_unless_told_to_do_as_its_code(train, features):
+    torch.manual_seed(0)
+    paper = models.MENTOR(train, features=features, dim=D, hidden=7, neighbours=3)
+    code = models.MENTOR(train, features=features, dim=D, hidden=7, neighbours=3, train_mask=False)
+    terms = paper.loss(batch_of(train))
+    assert set(terms) == {"bpr", "reg", "align", "graph", "mask"} and "mask" not in code.loss(batch_of(train))
+    moved = torch.autograd.grad(terms["mask"], [paper.decoder.weight, paper.personal])
+    assert all(g.abs().sum() > 0 for g in moved)
+
+
+def test_cohesion_gives_the_weak_channel_more(train, features):
+    torch.manual_seed(0)
+    model = models.COHESION(train, features=features, dim=D, hidden=7, neighbours=3)
+    rows = torch.zeros(3, 3 * D)  # a user, a positive, a negative
+    rows[0], rows[1, :D] = 1.0, 1.0  # the first channel alone tells them apart
+    rows.requires_grad_()
+
+    def vectors(u, i, j):
+        return rows[0].expand(len(u), -1), rows[1].expand(len(i), -1), rows[2].expand(*j.shape, -1)
+
+    model.reg = 0.0
+    model.ranking(batch_of(train), vectors)["bpr"].backward()
+    strength = rows.grad[1].view(3, D).abs().sum(1)
+    assert strength[0] < strength[1] and strength[1] == pytest.approx(float(strength[2]), rel=1e-5)
+    weights = 1 - torch.softmax(torch.tensor([float(D), 0.0, 0.0]), 0)
+    torch.testing.assert_close(strength / strength.sum(), weights / weights.sum(), atol=1e-4, rtol=1e-3)
+
+
+def test_dualgnn_and_dragon_add_their_companions(train, features):
+    torch.manual_seed(0)
+    model = models.DualGNN(train, features=features, dim=D, hidden=7, companions=2)
+    c = dense(model.companions.sparse())
+    torch.testing.assert_close(c.sum(1)[model.known], torch.ones(int(model.known.sum())))
+    users, items = model.each(model.encoders)
+    own = model.personal[:, :1] * users[:, 0] + model.personal[:, 1:] * users[:, 1]
+    encoded = model.encode()
+    torch.testing.assert_close(encoded.users, own + c @ own)
+    torch.testing.assert_close(encoded.items, items[:, 0] + items[:, 1])
+
+
+def test_smore_filter_is_a_circular_convolution():
+    from mmllmrec.models.smore import SpectralFilter
+
+    torch.manual_seed(0)
+    shape = SpectralFilter(6)
+    x = torch.randn(3, 6)
+    kernel = torch.fft.irfft(torch.view_as_complex(shape.kernel), n=6)
+    naive = torch.stack([sum(x[:, (d - k) % 6] * kernel[k] for k in range(6)) for d in range(6)], dim=1)
+    torch.testing.assert_close(shape(torch.fft.rfft(x, norm="ortho")), naive, atol=1e-5, rtol=1e-4)
+
+
+def test_diffusion_weights_are_the_loss_of_signal_to_noise():
+    kept, betas = schedule(5, noise=0.1)
+    ratio = kept.double() / (1 - kept.double())
+    weights = [1.0, *(ratio[:-1] - ratio[1:]).tolist()]
+    # computed apart from the schedule that Jiang et al. give: variances 1e-5 to 2e-3, the first step's share 1e-4
+    np.testing.assert_allclose(weights, [1, 8326, 760, 285, 149], rtol=5e-3)
+    assert betas[0] == 1e-4 and (kept.diff() < 0).all()
+
+
+def test_diffmm_writes_a_graph_an_epoch(train, features):
+    torch.manual_seed(0)
+    model = models.DiffMM(train, features=features, dim=D, hidden=7, top=2)
+    assert (model.written0 == -1).all()
+    model.begin_epoch(np.random.default_rng(0))
+    assert (model.written0 >= 0).all() and model.written[0].sparse().nnz > 2 * (U - 1) * 2
+    kept = model.written0.clone()
+    for p in model.denoisers.parameters():
+        torch.nn.init.normal_(p)
+    model.begin_epoch(np.random.default_rng(0), resumed=True)
+    assert torch.equal(model.written0, kept)
+
+
+def test_damrs_keeps_links_that_all_modalities_agree_on():
+    from mmllmrec.models.damrs import agreeing, co_consumed
+
+    first = np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    second = np.array([[1.0, 0], [0, 1], [0.1, 1], [0, 1]])  # 0 and 1 are alike in the first alone
+    one, two = agreeing([first, second], np.ones((4, 2), bool), k=4)
+    assert one[0, 1] == 0 and two[0, 1] == 0 and one[2, 3] == 1 and two[2, 3] == 1 and one[0, 0] == 1
+    lacking = np.ones((4, 2), bool)
+    lacking[1, 1] = False  # nothing speaks against it any more
+    assert agreeing([first, second], lacking, k=4)[0][0, 1] == 1
+    ids = IdMap(range(3), what="user id"), IdMap(range(4), what="item id")
+    events = Interactions(np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 1, 2]), None, *ids)
+    together = co_consumed(events, k=5).toarray()
+    assert together[0, 1] == 1 and together[1, 2] == 0 and (np.diag(together) == 1).all()
+
+
+def test_llmrec_prunes_the_largest_losses_and_reads_what_was_written(train, features):
+    torch.manual_seed(0)
+    pairs = np.full((U, 2), -1)
+    pairs[0] = (1, 4)
+    model = models.LLMRec(train, features=features, pairs=pairs, dim=D, pruned=0.5)
+    batch = batch_of(train)
+    users, items = torch.randn(U, D), torch.randn(N, D)
+    gaps = [
+        float(F.softplus(users[u] @ (items[j] - items[i])))
+        for u, i, j in zip(batch.users, batch.items, batch.negatives[:, 0], strict=True)
+    ]
+    ours = model.ranked(batch, lambda u, *i: (users[u], *(items[k] for k in i)))
+    assert float(ours) == pytest.approx(np.mean(sorted(gaps)[: int(len(gaps) * 0.5)]), rel=1e-5)
+    assert {"pairs", "mask"} <= set(model.loss(batch))
+    with pytest.raises(DataError, match="a row a user"):
+        models.LLMRec(train, features=features, profiles=np.zeros((3, 2)))
+
+
+def test_the_critic_of_mmssl_and_the_model_move_apart(train, features):
+    torch.manual_seed(0)
+    model = models.MMSSL(train, features=features, dim=6, heads=2, top=3)
+    terms = model.loss(batch_of(train))
+    critic = {n for n, _ in model.named_parameters() if n.startswith("critic")}
+    for name, own in (("adversarial", False), ("critic", True)):
+        model.zero_grad()
+        terms[name].backward(retain_graph=True)
+        moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert moved and (moved <= critic) == own and bool(moved & critic) == own
+
+
+def test_ials_folds_a_user_in_exactly_and_edlae_is_its_formula(train):
+    model = models.IALS(train, dim=4, reg=0.3, alpha=3.0, iterations=60)
+    users, items = model.factors
+    y = items.astype(np.float64)
+    x = model.folded(train.csr, np.arange(U))
+    for user in range(U - 1):
+        c = np.ones(N)
+        p = train.csr.toarray()[user] > 0
+        c[p] += 3.0
+        exact = np.linalg.solve(y.T @ (c[:, None] * y) + 0.3 * np.eye(4), y.T @ (c * p))
+        np.testing.assert_allclose(x[user], exact, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(users[user], exact, atol=0.06)  # the library steps towards it
+    g = train.csr.toarray().astype(np.float64)
+    g = g.T @ g
+    inverse = np.linalg.inv(g + 0.25 / 0.75 * np.diag(np.diag(g)) + 2.0 * np.eye(N))
+    b = -inverse / np.diag(inverse)
+    np.fill_diagonal(b, 0)
+    np.testing.assert_allclose(models.EASE(train, reg=2.0, dropout=0.25).weight, b, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,6 @@ class PrunedGraph(EncodedModel):
     """
 
     prune: float
-    sampled: Propagation | None = None
 
     def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
         if self.prune > 0:
@@ -219,7 +218,8 @@ class PrunedGraph(EncodedModel):
     @property
     def through_graph(self) -> Propagation | None:
         """The epoch's sample in training; None, all events, elsewhere."""
-        return self.sampled if self.training else None
+        sampled: Any = self._modules.get("sampled") if self.training else None
+        return sampled  # type: ignore[no-any-return]
 
 
 def side_contrast(model: MultimodalModel, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
