@@ -20,6 +20,7 @@ from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.item_graph import item_graph
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.losses import alignment, l2
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel, side_contrast
 
@@ -55,21 +56,7 @@ class AlignRec(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            neighbours=neighbours,
-            contrast_weight=contrast_weight,
-            similarity_weight=similarity_weight,
-            user_item_weight=user_item_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.similarity_weight, self.user_item_weight = similarity_weight, user_item_weight
         self.map, self.gate = nn.Linear(self.width, dim), nn.Linear(dim, dim)
         self.events = Propagation(normalised_events(train))

@@ -220,6 +220,12 @@ class ClosedForm(Recommender):
         return other
 
 
+def arguments(scope: dict[str, Any], *without: str) -> dict[str, Any]:
+    """The keyword arguments of a constructor, of its ``locals()`` before anything else is there: what a model passes on
+    to ``super().__init__(train, **arguments(locals()))``, and is built again with; ``without`` some."""
+    return {k: v for k, v in scope.items() if k not in ("self", "train", "__class__", *without)}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors from a safetensors file; ``DataError`` naming the file otherwise."""
     if not path.is_file():

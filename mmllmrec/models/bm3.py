@@ -16,6 +16,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -49,19 +50,7 @@ class BM3(MultimodalModel):
         trained_features: bool = False,
         loss: str = "bootstrap",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            dropout=dropout,
-            content_weight=content_weight,
-            reg=reg,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.dropout, self.content_weight = dropout, content_weight
         self.maps, self.predictor = self.linear_each(dim), nn.Linear(dim, dim)
         for layer in (*self.maps, self.predictor):

@@ -19,6 +19,7 @@ from mmllmrec.encoders.graph import Propagation
 from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.item_graph import companions as companions_of
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel, PrunedGraph
 
@@ -56,22 +57,7 @@ class COHESION(MultimodalModel, PrunedGraph):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            hidden=hidden,
-            neighbours=neighbours,
-            shares=shares,
-            companions=companions,
-            prune=prune,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.layers, self.item_layers, self.prune = layers, item_layers, prune
         widths = [dim, *self.features.widths.values()]
         self.maps = nn.ModuleList(

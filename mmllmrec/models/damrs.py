@@ -18,6 +18,7 @@ from mmllmrec.encoders.graph import Propagation
 from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.item_graph import symmetric_degrees, top_of_rows
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -53,19 +54,7 @@ class DAMRS(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            neighbours=neighbours,
-            preference_weight=preference_weight,
-            relation_weight=relation_weight,
-            temperature=temperature,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.preference_weight, self.relation_weight = preference_weight, relation_weight
         self.temperature, self.neighbours = temperature, neighbours
 

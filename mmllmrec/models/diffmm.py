@@ -21,6 +21,7 @@ from mmllmrec.encoders.graph import Propagation
 from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.item_graph import symmetric_degrees
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -87,25 +88,7 @@ class DiffMM(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            hidden=hidden,
-            steps=steps,
-            noise=noise,
-            top=top,
-            signal_weight=signal_weight,
-            graph_weight=graph_weight,
-            residual=residual,
-            contrast_weight=contrast_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.layers, self.steps, self.top, self.temperature = layers, steps, min(top, self.n_items), temperature
         self.signal_weight, self.graph_weight, self.residual = signal_weight, graph_weight, residual
         self.contrast_weight = contrast_weight

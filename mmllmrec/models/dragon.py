@@ -12,6 +12,7 @@ from mmllmrec.data.interactions import Interactions
 from mmllmrec.encoders.graph import Propagation
 from mmllmrec.encoders.item_graph import companions as companions_of
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import ModalModel
 
@@ -45,21 +46,7 @@ class DRAGON(ModalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            hidden=hidden,
-            neighbours=neighbours,
-            shares=shares,
-            companions=companions,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.item_layers = item_layers
         self.companions = Propagation(companions_of(train, k=companions))
 

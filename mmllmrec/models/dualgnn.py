@@ -10,6 +10,7 @@ from mmllmrec.data.interactions import Interactions
 from mmllmrec.encoders.graph import Propagation
 from mmllmrec.encoders.item_graph import companions as companions_of
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import ModalModel
 
@@ -39,18 +40,7 @@ class DualGNN(ModalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            hidden=hidden,
-            companions=companions,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.companions = Propagation(companions_of(train, k=companions))
 
     def encode(self) -> Encoded:

@@ -14,6 +14,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel, PrunedGraph
 
@@ -48,21 +49,7 @@ class FREEDOM(MultimodalModel, PrunedGraph):
         trained_features: bool = False,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            neighbours=neighbours,
-            shares=shares,
-            prune=prune,
-            content_weight=content_weight,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.item_layers, self.prune, self.content_weight = item_layers, prune, content_weight
         self.maps = self.linear_each(dim, bias=False)  # a bias is the same for a positive and its negative
 

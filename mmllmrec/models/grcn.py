@@ -17,6 +17,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Edges
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -48,18 +49,7 @@ class GRCN(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            routing=routing,
-            prune_edges=prune_edges,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.layers, self.routing, self.prune_edges = layers, routing, prune_edges
         self.maps = self.linear_each(dim)
         self.preferences = nn.ParameterList(

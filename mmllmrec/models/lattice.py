@@ -18,6 +18,7 @@ from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
 from mmllmrec.losses import l2
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import LearnedGraph, MultimodalModel
 
@@ -52,20 +53,7 @@ class LATTICE(MultimodalModel):
         trained_features: bool = False,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            neighbours=neighbours,
-            keep=keep,
-            reg=reg,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.item_layers = item_layers
         self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
         self.mixture = nn.Parameter(torch.zeros(len(self.modalities)))

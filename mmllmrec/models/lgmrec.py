@@ -18,6 +18,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -55,23 +56,7 @@ class LGMRec(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            modal_layers=modal_layers,
-            hyperedges=hyperedges,
-            hyper_layers=hyper_layers,
-            dropout=dropout,
-            global_weight=global_weight,
-            contrast_weight=contrast_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.modal_layers, self.hyper_layers, self.dropout = modal_layers, hyper_layers, dropout
         self.global_weight, self.contrast_weight, self.temperature = global_weight, contrast_weight, temperature
         self.maps, self.members = self.linear_each(dim, bias=False), self.linear_each(hyperedges, bias=False)

@@ -19,6 +19,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 from mmllmrec.models.vectors import means_of
@@ -60,22 +61,7 @@ class LLMRec(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            content_weight=content_weight,
-            profile_weight=profile_weight,
-            pair_weight=pair_weight,
-            mask_weight=mask_weight,
-            mask=mask,
-            pruned=pruned,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals(), "profiles", "pairs"))
         if not 0 <= pruned < 1 or not 0 <= mask < 1:
             raise DataError(f"pruned={pruned}, mask={mask}: shares, 0 or more and below 1")
         self.content_weight, self.profile_weight, self.pair_weight = content_weight, profile_weight, pair_weight

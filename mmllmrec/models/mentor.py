@@ -17,6 +17,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import ModalEncoder, ModalModel
 
@@ -61,27 +62,7 @@ class MENTOR(ModalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            hidden=hidden,
-            neighbours=neighbours,
-            shares=shares,
-            align_weight=align_weight,
-            graph_weight=graph_weight,
-            mask_weight=mask_weight,
-            train_mask=train_mask,
-            dropout=dropout,
-            noise=noise,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.item_layers, self.noise, self.temperature, self.dropout = item_layers, noise, temperature, dropout
         self.align_weight, self.graph_weight = align_weight, graph_weight
         self.mask_weight = mask_weight if train_mask else 0.0

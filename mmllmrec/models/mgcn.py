@@ -18,6 +18,7 @@ from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
 from mmllmrec.losses import l2
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel, side_contrast
 
@@ -55,20 +56,7 @@ class MGCN(MultimodalModel):
         trained_features: bool = False,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            neighbours=neighbours,
-            contrast_weight=contrast_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.maps = self.linear_each(dim)
         self.purifiers = nn.ModuleList(nn.Linear(dim, dim) for _ in self.modalities)
         self.preferences = nn.ModuleList(nn.Linear(dim, dim) for _ in self.modalities)

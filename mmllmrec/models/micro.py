@@ -19,6 +19,7 @@ from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
 from mmllmrec.losses import l2
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import LearnedGraph, MultimodalModel
 
@@ -55,22 +56,7 @@ class MICRO(MultimodalModel):
         trained_features: bool = False,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            neighbours=neighbours,
-            keep=keep,
-            contrast_weight=contrast_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.item_layers, self.contrast_weight, self.temperature = item_layers, contrast_weight, temperature
         self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
         self.attention = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias=False))

@@ -17,6 +17,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, mean_adjacency
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -70,19 +71,7 @@ class MMGCN(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            hidden=hidden,
-            combine=combine,
-            train_ids=train_ids,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         if combine not in COMBINE:
             raise DataError(f"combine={combine!r}: one of {COMBINE}")
         self.node = nn.Parameter(torch.empty(self.n_users + self.n_items, dim), requires_grad=train_ids)

@@ -23,6 +23,7 @@ from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.losses import l2
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -65,25 +66,7 @@ class MMSSL(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            heads=heads,
-            top=top,
-            id_weight=id_weight,
-            content_weight=content_weight,
-            contrast_weight=contrast_weight,
-            adversarial_weight=adversarial_weight,
-            penalty_weight=penalty_weight,
-            dropout=dropout,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.top, self.dropout, self.temperature = min(top, self.n_items), dropout, temperature
         self.id_weight, self.content_weight, self.contrast_weight = id_weight, content_weight, contrast_weight
         self.adversarial_weight, self.penalty_weight = adversarial_weight, penalty_weight

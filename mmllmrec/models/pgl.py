@@ -21,6 +21,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_adjacency
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel, PrunedGraph
 
@@ -64,25 +65,7 @@ class PGL(MultimodalModel, PrunedGraph):
         trained_features: bool = False,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            item_layers=item_layers,
-            neighbours=neighbours,
-            shares=shares,
-            subgraph=subgraph,
-            prune=prune,
-            rank=rank,
-            contrast_weight=contrast_weight,
-            dropout=dropout,
-            temperature=temperature,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         if subgraph not in SUBGRAPHS:
             raise DataError(f"subgraph={subgraph!r}: one of {SUBGRAPHS}")
         self.item_layers, self.contrast_weight = item_layers, contrast_weight

@@ -15,6 +15,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
 
@@ -47,18 +48,7 @@ class SLMRec(MultimodalModel):
         feature_dim: int = 64,
         loss: str = "softmax",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            alignment_weight=alignment_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.alignment_weight, self.temperature = alignment_weight, temperature
         self.maps = self.linear_each(dim)
         channels = len(self.modalities) + 1

@@ -19,6 +19,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.losses import l2
+from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel, side_contrast
 
@@ -71,21 +72,7 @@ class SMORE(MultimodalModel):
         trained_features: bool = False,
         loss: str = "bpr",
     ):
-        super().__init__(
-            train,
-            catalog=catalog,
-            features=features,
-            dim=dim,
-            layers=layers,
-            neighbours=neighbours,
-            dropout=dropout,
-            contrast_weight=contrast_weight,
-            temperature=temperature,
-            reg=reg,
-            feature_dim=feature_dim,
-            trained_features=trained_features,
-            loss=loss,
-        )
+        super().__init__(train, **arguments(locals()))
         self.dropout = dropout
         views = len(self.modalities) + 1  # the fused one last
         self.maps = self.linear_each(dim)
