@@ -561,6 +561,28 @@ Tower = Annotated[
 ]
 
 
+@bench_app.command("survey")
+def bench_survey(
+    data: Asked = "lastfm-2k",
+    path: At = None,
+    kind: Annotated[str, typer.Option("--split", help="random_per_user, cold_items or given")] = "random_per_user",
+    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; see the table's rows")] = None,
+    seeds: Seeds = 3,
+    trials: Trials = 4,
+    minutes: Minutes = 3.0,
+    folder: Folder = Path("runs/survey"),
+    tuned: Searches = Path("runs/tuned"),
+) -> None:
+    """The literature's systems under one protocol and one budget, beside the floors. Takes hours; goes on where it was.
+
+    Example: [bold]mmllmrec bench survey --data lastfm-2k --system LightGCN --system FREEDOM[/bold]
+    """
+    from mmllmrec import bench
+
+    asked: dict[str, Any] = {"data": data, "path": path, "kind": kind, "systems": systems, "seeds": seeds}
+    print(bench.survey(**asked, trials=trials, minutes=minutes, folder=folder, tuned=tuned))
+
+
 QUESTIONS = {
     "q1": "Q1, one unified model: does training extraction and encoding together beat extracting first, encoding later?"
     "\n\nID-only, content and two-stage rows, each tuned with the same budget; controls trained from scratch and at "

@@ -5,6 +5,7 @@ fitted goes on from its checkpoint.
 """
 
 from mmllmrec.bench.answer import Answer
+from mmllmrec.bench.literature import survey
 from mmllmrec.bench.parity import PARITY, beside, parity
 from mmllmrec.bench.published import QUICKSTART, movielens, quickstart
 from mmllmrec.bench.questions import q1, q2, q3, q4
@@ -43,4 +44,5 @@ __all__ = [
     "run_seed",
     "settings_of",
     "summarise",
+    "survey",
 ]

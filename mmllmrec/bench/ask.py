@@ -43,7 +43,7 @@ class Budget:
 class Question:
     """A comparison: its rows, the split of a seed, scorers beside the rows (``beside``), further metrics of a seed's
     runs (``more``), the claims that are judged, and sentences on the finished answer (``notes``). ``first`` is the
-    system whose controls at test are rows."""
+    system whose controls at test are rows. Settings are searched on the validation part of ``search``'s split."""
 
     name: str
     title: str
@@ -56,6 +56,7 @@ class Question:
     beside: Sequence[Any] = ()
     more: Callable[[Split, Mapping[str, Any], int], dict[str, list[float]]] = lambda split, runs, seed: {}
     notes: Callable[[Answer], list[str]] = field(default=lambda answer: [])
+    search: Callable[[RecDataset], Split] = field(default=lambda data: splits.cold_items(data, seed=0))
 
 
 def ask(
@@ -67,8 +68,8 @@ def ask(
     folder: str | os.PathLike[str],
     quick: int | None = None,
 ) -> Answer:
-    """Search each row's settings on the validation part of ``cold_items`` with seed 0, then fit and test all rows on
-    the question's split for seeds 0, 1, ...; ``card.json`` and ``table.txt`` in ``folder``.
+    """Search each row's settings on validation (of ``cold_items`` with seed 0, unless a question says otherwise), then
+    fit and test all rows on the question's split for seeds 0, 1, ...; ``card.json`` and ``table.txt`` in ``folder``.
 
     The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
     those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
@@ -83,7 +84,7 @@ def ask(
     searched = {r.search for r in (REFERENCE, *rows) if r.space}
     bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
     fits = _Fits(rows, asked.data, budget)
-    _search(fits, quick, bar)
+    _search(fits, question.search(asked.data), quick, bar)
     tuned = fits.tuned
     command = f"mmllmrec bench {question.name} --data {asked.data.name} --seeds {seeds} --trials {budget.trials}"
     command += f" --minutes {budget.minutes:g}" if budget.minutes is not None else ""
@@ -203,11 +204,13 @@ class _Fits:
         return found
 
 
-def _search(fits: _Fits, quick: int | None, bar: Any) -> None:
-    """Make every search of the rows, into ``fits.tuned``."""
+def _search(fits: _Fits, split: Split, quick: int | None, bar: Any) -> None:
+    """Make every search of the rows on a split, into ``fits.tuned``."""
     from mmllmrec.training.tune import tune
 
-    split, budget = splits.cold_items(fits.data, seed=0), fits.budget
+    budget = fits.budget
+    place = budget.folder / fits.data.name
+    place = place if split.name == "cold_items" else place / split.name
     made: dict[str, Any] = {}
     room: dict[str, Any] = {}
 
@@ -242,7 +245,7 @@ def _search(fits: _Fits, quick: int | None, bar: Any) -> None:
             start=starts,
             trials=budget.trials + max(len(values) - 1, 0),
             minutes=budget.minutes,
-            folder=budget.folder / fits.data.name / row.search,
+            folder=place / row.search,
             progress=sys.stderr.isatty(),
         )
         room = room or fits.room(split, 0)

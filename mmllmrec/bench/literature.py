@@ -1,0 +1,172 @@
+"""The survey's systems under one protocol: every system's settings searched with the same budget, over seeds.
+
+Legend: I items, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmllmrec.bench.answer import COST, NDCG, Answer, Claim, Column, Layout
+from mmllmrec.bench.ask import Budget, Question, ask
+from mmllmrec.bench.rows import REFERENCE, SPACES, STARTS, Row, Setup, setup
+from mmllmrec.data import splits
+from mmllmrec.data.dataset import RecDataset
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.splits import Split
+from mmllmrec.evaluation.protocols import rankings, seen_matrix
+from mmllmrec.features.table import FeatureTable
+
+WIDTH = 64  # columns a modality that every system reads
+FIT = {"epochs": 300, "batch_size": 2048, "lr": 1e-3, "patience": 20}
+KINDS = ("random_per_user", "cold_items", "given")
+BEST = 5  # systems whose features are shuffled at test
+RATE: dict[str, Any] = {"fit.lr": (3e-4, 1e-2, "log")}
+# what is searched beside the learning rate, the published value first; a system that is not here has its rate searched
+SEARCHED: dict[str, dict[str, list[Any]]] = {
+    "IALS": {"alpha": [10.0, 1.0, 30.0, 100.0], "reg": [0.01, 0.1, 1.0, 10.0]},
+    "ImplicitBPR": {"lr": [0.01, 0.03, 0.1], "reg": [0.01, 0.001, 0.1]},
+    "ItemKNN": {"k": [100, 20, 50, 200], "shrink": [10.0, 0.0, 100.0]},
+    "EASE": {"reg": [200.0, 50.0, 500.0, 1000.0]},
+    "BPR": {"reg": [1e-2, 1e-1, 1e-3]},
+    "LightGCN": {"layers": [2, 1, 3], "reg": [1e-4, 1e-3]},
+    "SimGCL": {"weight": [0.5, 0.1, 0.2], "layers": [2, 3]},
+    "LayerGCN": {"prune": [0.1, 0.0, 0.2], "reg": [1e-3, 1e-2, 1e-4]},
+    "SelfCF": {"target": ["dropout", "history", "edges"], "layers": [2, 1]},
+    "VBPR": {"reg": [1e-2, 1e-1, 1e-3]},
+    "MMGCN": {"reg": [1e-4, 1e-2, 1e-5]},
+    "GRCN": {"reg": [1e-4, 1e-2, 1e-5], "prune_edges": [True, False]},
+    "DualGNN": {"reg": [1e-3, 1e-1, 1e-5]},
+    "LATTICE": {"reg": [1e-4, 1e-3, 0.0]},
+    "MICRO": {"contrast_weight": [0.03, 0.1, 0.01]},
+    "SLMRec": {"alignment_weight": [0.1, 0.01, 0.5], "temperature": [0.2, 0.5]},
+    "BM3": {"dropout": [0.3, 0.5], "reg": [0.1, 0.01], "layers": [1, 2]},
+    "MMSSL": {"contrast_weight": [0.03, 0.1], "adversarial_weight": [1e-4, 1e-3]},
+    "FREEDOM": {"prune": [0.8, 0.9], "content_weight": [1e-3, 1e-4, 0.0]},
+    "MGCN": {"contrast_weight": [0.01, 0.001, 0.1]},
+    "DRAGON": {"reg": [1e-3, 1e-1, 1e-5]},
+    "LGMRec": {"hyperedges": [4, 64], "global_weight": [0.3, 0.6]},
+    "DiffMM": {"contrast_weight": [0.01, 0.1], "signal_weight": [0.1, 0.5]},
+    "MENTOR": {"graph_weight": [1e-3, 1e-4], "temperature": [0.2, 0.4]},
+    "SMORE": {"contrast_weight": [0.01, 0.03], "layers": [3, 4]},
+    "PGL": {"contrast_weight": [0.05, 0.5], "dropout": [0.2, 0.1]},
+    "COHESION": {"layers": [2, 1]},
+    "DAMRS": {"preference_weight": [1.0, 0.1], "relation_weight": [1e-3, 1e-2]},
+    "AlignRec": {"contrast_weight": [0.01, 0.001], "similarity_weight": [0.1, 0.3]},
+    "LLMRec": {"profile_weight": [0.7, 2.8], "pruned": [0.1, 0.3]},
+}
+CLOSED = ("IALS", "ImplicitBPR", "ItemKNN", "EASE")
+SOFTMAXED = ("AlphaRec", "CLCRec")  # whose published loss is a softmax of their own, as they are in the questions
+SYSTEMS = (*SEARCHED, *SOFTMAXED)
+# where a whole survey would take a day: the oldest and the strongest of each kind
+TEN = ("IALS", "EASE", "BPR", "LightGCN", "SimGCL", "VBPR", "MMGCN", "FREEDOM", "BM3", "MGCN")
+
+
+def survey(
+    *,
+    data: str | RecDataset = "lastfm-2k",
+    path: str | os.PathLike[str] | None = None,
+    kind: str = "random_per_user",
+    systems: Sequence[str] | None = None,
+    seeds: int = 3,
+    trials: int = 4,
+    minutes: float | None = 3.0,
+    folder: str | os.PathLike[str] = "runs/survey",
+    tuned: str | os.PathLike[str] = "runs/tuned",
+    quick: int | None = None,
+) -> Answer:
+    """Systems of the literature on one dataset, split by ``kind``, each with its published setting and ``trials`` - 1
+    more, ``minutes`` of training in all; three seeds; intervals and Holm-corrected verdicts of every system against
+    LightGCN; of the ``BEST`` by validation that read content, the same fitted model with all features dealt to other
+    items.
+
+    ``systems``: all of ``SYSTEMS``, on MovieLens ``TEN`` of them, unless named. They read the features the catalogue
+    brings, or training-free descriptors of its content, whitened to ``WIDTH`` columns a modality on train items. A
+    survey that was cut off goes on. Raises ``DataError`` for a system or a split that is not known here.
+    """
+    asked = setup(data, path)
+    named = tuple(systems) if systems is not None else TEN if asked.data.name.startswith("movielens") else SYSTEMS
+    unknown = [s for s in named if s not in SYSTEMS]
+    if unknown or not named:
+        raise DataError(f"systems={list(named)}: {unknown} are not known here; these are {list(SYSTEMS)}")
+    if kind not in KINDS:
+        raise DataError(f"kind={kind!r}: one of {KINDS}")
+
+    def make(data: RecDataset, seed: int) -> Split:
+        return splits.given(data) if kind == "given" else splits.SPLITS[kind](data, seed=seed)
+
+    rows = [REFERENCE, *(published_row(name, asked) for name in named)]
+    others = [r.name for r in rows if r.name != "LightGCN"]
+    columns = [Column(c, c) for c in ("all", *(("warm", "cold", "cold only") if kind == "cold_items" else ()))]
+    recall = [replace(c, metric="recall@20") for c in columns[:1]]
+    question = Question(
+        "survey",
+        f"The survey's systems, {kind}:",
+        rows,
+        Layout(
+            {
+                NDCG: [*columns, Column("features shuffled", "features shuffled")],
+                "recall@20": recall,
+                "cost": [Column(what, COST, what, digits=0) for what in ("trained parameters", "seconds", "peak MiB")],
+            }
+        ),
+        make,
+        claims=[Claim(name, "LightGCN", "all") for name in others] if "LightGCN" in named else [],
+        first=rows[-1].name,
+        more=lambda split, runs, seed: shuffled_best(split, runs, seed),
+        search=lambda data: make(data, 0),
+    )
+    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
+
+
+def published_row(name: str, asked: Setup) -> Row:
+    """A system under its published loss, its settings searched around the published ones."""
+
+    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
+        from mmllmrec import models
+
+        cls: Any = models.classes()[name]
+        content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
+        return cls(split.train, **content, **options)
+
+    if name in SOFTMAXED:
+        return Row(name, build, {**FIT, "weight_decay": 1.0}, name, space=SPACES[name], starts=(STARTS.get(name, {}),))
+    found = SEARCHED[name]
+    start = {option: values[0] for option, values in found.items()}
+    if name in CLOSED:
+        return Row(name, build, {}, name, space=dict(found), starts=(start,))
+    return Row(name, build, FIT, name, space=RATE | found, starts=(start,))
+
+
+def features(asked: Setup, split: Split) -> FeatureTable:
+    """What every system reads of a split's items: (I, ``WIDTH``) a modality, whitened on its train items."""
+    key = split.hash, "survey"
+    if key not in asked.tables:
+        asked.tables.clear()
+        table = FeatureTable.from_catalog(split.catalog, fit_on=split.warm_items)
+        asked.tables[key] = table.whiten(split.warm_items, WIDTH)
+    return asked.tables[key]
+
+
+def shuffled_best(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
+    """ndcg@20 of the ``BEST`` runs by validation that read content, with every modality's features dealt to other
+    items: rows ``features shuffled``. Opens the test part once."""
+    reading = [name for name, run in runs.items() if run.model.modalities and hasattr(run.model, "with_catalog")]
+    reading = sorted(reading, key=lambda name: -runs[name].best_score)[:BEST]
+    if not reading:
+        return {}
+    catalog = split.catalog
+    for modality in catalog.modalities:
+        catalog = catalog.shuffled(modality, seed=seed)
+    seen, target = seen_matrix(split, on="test", mask="train+valid"), split.open_test()
+    found: dict[str, list[float]] = {}
+    for name in reading:
+        lists = rankings(runs[name].model.with_catalog(catalog), split, target, seen=seen, k=20, seed=seed)
+        found[f"{name} | features shuffled | {NDCG}"] = [float(np.mean(lists["all"].per_user(NDCG)))]
+    return found
