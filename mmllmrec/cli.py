@@ -450,17 +450,20 @@ def bench_eval(repeats: Repeats = 5, folder: Cards = Path("runs/eval")) -> None:
 def bench_train(
     repeats: Repeats = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
+    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
+    peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's seconds")] = None,
     folder: Cards = Path("runs/train"),
 ) -> None:
-    """Seconds per epoch, samples per second and peak memory of the baselines (118,551 events of 19,445 users on 7,050
-    items, features of 4096 and 384 columns); a few minutes.
+    """Seconds per epoch and evaluation, samples per second and peak memory of the systems (118,551 events of 19,445
+    users on 7,050 items, features of 4096 and 384 columns), beside a peer's; half an hour.
 
     Example: [bold]mmllmrec bench train --threads 1[/bold]
     """
-    from mmllmrec.training.speed import speed
+    from mmllmrec.training.speed import SYSTEMS, speed
 
-    table = speed(repeats=repeats, threads=threads, folder=folder).fillna("-")
-    _show(table, f"training, medians of {repeats} epochs; VBPR reads features whitened to 64 columns when it is built")
+    named = systems or tuple(SYSTEMS)
+    table = speed(repeats=repeats, threads=threads, systems=named, peer=peer, folder=folder).fillna("-")
+    _show(table, f"training, medians of {repeats} epochs; features are whitened to 64 columns when a system is built")
     print(f"run card: {folder / 'card.json'}")
 
 

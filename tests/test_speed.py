@@ -42,10 +42,19 @@ def test_each_epoch_but_the_first_and_the_last_is_timed(monkeypatch):
     """A clock that the stand-in for fit moves: 100 to warm up, then 1, 2, 9, and 50 with the validation."""
 
     class Run:
-        history = pd.DataFrame({"seconds": np.cumsum([100.0, 1, 2, 9, 50]), "bpr": [0.7, 0.6, 0.5, 0.4, 0.3]})
+        history = pd.DataFrame({"epoch": range(5), "bpr": [0.7, 0.6, 0.5, 0.4, 0.3]})
 
-    asked = {}
-    monkeypatch.setattr(bench, "fit", lambda model, split, **options: asked.update(options) or Run)
+    asked, now = {}, [0.0]
+
+    def fit(model, split, **options):
+        asked.update(options)
+        for seconds in (100.0, 1, 2, 9, 50):
+            now[0] += seconds
+            options["on_epoch"]({})
+        return Run
+
+    monkeypatch.setattr(bench, "fit", fit)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
     found = bench.measure(system="BPR", size=SMALL, repeats=3)
     assert found["epochs"] == [1, 2, 9] and found[bench.EPOCH] == 2 and found[bench.SAMPLES] == round(1511 / 2)
     assert asked["epochs"] == asked["eval_every"] == 5
@@ -57,7 +66,7 @@ def test_each_system_is_measured_apart_and_the_card_holds_the_table(tmp_path):
     table = bench.speed(**SMALL, systems=["VBPR", "EASE"], repeats=1, threads=1, folder=tmp_path).set_index("system")
     del ballast
     assert table.loc["VBPR", bench.SAMPLES] == pytest.approx(1511 / table.loc["VBPR", bench.EPOCH], rel=0.2)
-    assert table.loc["EASE"].isna().tolist() == [False, True, True, False]
+    assert table.loc["EASE"].isna().tolist() == [False, True, True, False, False]
     assert (table[bench.BUILD] > 0).all() and (table[bench.PEAK] < 1.5 * 2**10).all()
     card = RunCard.load(tmp_path / "card.json")
     assert card.settings["threads"] == card.metrics["EASE"]["threads"] == 1
@@ -66,6 +75,29 @@ def test_each_system_is_measured_apart_and_the_card_holds_the_table(tmp_path):
     first, last = card.metrics["VBPR"]["losses"]
     assert last < first
     assert "VBPR" in (tmp_path / "table.txt").read_text()
+
+
+def test_a_peer_stands_beside_ours_by_its_own_clock(tmp_path):
+    peer = tmp_path / "peer.csv"
+    rows = "BPR,,2T,2.0,4.0\nLightGCN,1,1C,3.0,5.0\nLightGCN,2,2T,9.0,9.0\n"
+    peer.write_text("system,layers,clock,train_seconds_per_epoch,evaluation_pair_seconds\n" + rows)
+    systems = ["BPR", "LightGCN, 1 layer", "ItemKNN"]
+    table = bench.speed(**SMALL, systems=systems, repeats=1, peer=peer, folder=tmp_path / "card").set_index("system")
+    card = RunCard.load(tmp_path / "card" / "card.json")
+    assert [card.metrics[s]["threads"] for s in systems[:2]] == [2, 1]
+    scale = table.loc[bench.ANCHOR, bench.BUILD] / bench.ANCHOR_PEER
+    for system, (epoch, pair) in {"BPR": (2.0, 4.0), "LightGCN, 1 layer": (3.0, 5.0)}.items():
+        assert table.loc[system, bench.FASTER] == pytest.approx(
+            epoch * scale / table.loc[system, bench.EPOCH], rel=0.02
+        )
+        assert table.loc[system, bench.RANKS] == pytest.approx(pair * scale / table.loc[system, bench.PAIR], rel=0.02)
+    assert table[bench.FASTER].isna()[["ItemKNN", bench.ANCHOR]].all()
+
+
+def test_every_system_is_timed(monkeypatch):
+    for system in bench.SYSTEMS:
+        found = bench.measure(system=system, size=SMALL, repeats=1)
+        assert found[bench.PAIR] > 0 and (found[bench.EPOCH] is None or found[bench.EPOCH] > 0), system
 
 
 def test_wrong_arguments_and_a_process_that_fails():

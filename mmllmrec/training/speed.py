@@ -25,6 +25,8 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.data.splits import TEST, TRAIN, VALID, Split
+from mmllmrec.evaluation.ranking import rank
+from mmllmrec.features.table import FeatureTable
 from mmllmrec.runcard import RunCard, peak_memory_mb
 from mmllmrec.seed import generator, seed_everything
 from mmllmrec.training.fit import fit
@@ -34,11 +36,40 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "VBPR": ("VBPR", {"feature_dim": 64}),
     "LightGCN, 1 layer": ("LightGCN", {"layers": 1}),
     "LightGCN, 2 layers": ("LightGCN", {"layers": 2}),
+    "FREEDOM": ("FREEDOM", {}),
+    "FREEDOM, raw table": ("FREEDOM", {"trained_features": True}),
+    "BM3": ("BM3", {}),
+    "BM3, raw table": ("BM3", {"trained_features": True}),
+    "MMGCN": ("MMGCN", {}),
+    "MGCN": ("MGCN", {}),
+    "SMORE": ("SMORE", {}),
+    "SLMRec": ("SLMRec", {}),
+    "LGMRec": ("LGMRec", {}),
+    "GRCN": ("GRCN", {}),
+    "LATTICE": ("LATTICE", {}),
     "ItemKNN": ("ItemKNN", {}),
     "EASE": ("EASE", {}),
+    "IALS, 1 iteration": ("IALS", {"iterations": 1}),
 }
+# of the peer's rows, by system and layers: which of ours stands beside it
+PEER: dict[str, tuple[str, float | None]] = {
+    "BPR": ("BPR", None),
+    "LightGCN, 1 layer": ("LightGCN", 1),
+    "VBPR": ("VBPR", None),
+    "FREEDOM": ("FREEDOM", 2),
+    "BM3": ("BM3", 1),
+    "MMGCN": ("MMGCN", 2),
+    "MGCN": ("MGCN", None),
+    "SMORE": ("SMORE", None),
+    "SLMRec": ("SLMRec", None),
+    "LGMRec": ("LGMRec", None),
+    "GRCN": ("GRCN", None),
+    "LATTICE": ("LATTICE", None),
+}
+ANCHOR, ANCHOR_PEER = "IALS, 1 iteration", 0.105  # seconds of one iteration of ``implicit``'s ALS where the peer ran
 FIT = {"batch_size": 2048, "lr": 5e-3}
 BUILD, EPOCH, SAMPLES, PEAK = "build seconds", "seconds per epoch", "samples per second", "peak memory MiB"
+PAIR, FASTER, RANKS = "seconds per evaluation", "times the peer", "times the peer, evaluation"
 
 
 def speed(
@@ -50,14 +81,20 @@ def speed(
     systems: Sequence[str] = tuple(SYSTEMS),
     repeats: int = 5,
     threads: int | None = None,
+    peer: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
-    """Seconds to build, seconds per epoch, training events per second and peak memory of each system; a row a system.
+    """Seconds to build, per epoch and per evaluation, training events per second and peak memory; a row a system.
 
     The data is ``planted(users, items, ...)``. An epoch is what ``fit`` takes for one, its sampling included and
     validation left out: the median of ``repeats``, after one to warm up. Build seconds are the constructor's: VBPR's
     hold the whitening of its features to 64 columns a modality, which happens once; a closed form is computed in them,
     and has no epoch. Peak memory (MiB) is the resident set of the process, interpreter, libraries and data included.
+    An evaluation is of validation and test, full ranking, the best 50 of every user. ``peer`` is a CSV of another
+    toolkit's seconds (columns system, layers, clock, train_seconds_per_epoch, evaluation_pair_seconds): a system it has
+    is measured by that row's clock, ``2T`` two threads and seconds, ``1C`` one thread and processor seconds, and set
+    beside it, the peer's seconds scaled by what one iteration of ``implicit``'s ALS takes here and took there
+    (``ANCHOR_PEER``). "raw table" trains the features as they are, 4,480 columns, as the published code does.
     ``threads`` is how many each process computes with, the libraries' own choice where not given: pass 1 on a machine
     that others use, where threads that wait for one another take many times longer. ``folder`` gets ``card.json``, with
     every epoch and the machine's load beforehand, and ``table.txt``. Raises ``DataError`` for an unknown system and for
@@ -72,9 +109,20 @@ def speed(
         raise DataError(f"threads={threads}: give one or more, or None for the libraries' own choice")
     began, load = time.perf_counter(), os.getloadavg()[0]
     size = {"users": users, "items": items, "events": events, "widths": list(widths)}
-    found = {s: _apart({"system": s, "size": size, "repeats": repeats}, threads) for s in systems}
-    columns = [BUILD, EPOCH, SAMPLES, PEAK]
-    lines = [[s, *(one[c] for c in columns)] for s, one in found.items()]
+    theirs = {} if peer is None else _peers(peer)
+    chosen = [*systems, *([ANCHOR] if theirs and ANCHOR not in systems else [])]
+    found = {}
+    for s in chosen:
+        clock = theirs[s]["clock"] if s in theirs else None
+        asked = {"system": s, "size": size, "repeats": repeats, "processor": clock == "1C"}
+        found[s] = _apart(asked, threads if clock is None else {"2T": 2, "1C": 1}[clock])
+    for s, row in theirs.items():
+        if s in found:
+            scale = found[ANCHOR][BUILD] / ANCHOR_PEER
+            for column, ours, their in ((FASTER, EPOCH, "train"), (RANKS, PAIR, "evaluation")):
+                found[s][column] = round(row[their] * scale / found[s][ours], 2)
+    columns = [BUILD, EPOCH, SAMPLES, PAIR, PEAK, *([FASTER, RANKS] if theirs else [])]
+    lines = [[s, *(one.get(c) for c in columns)] for s, one in found.items()]
     frame = pd.DataFrame(lines, columns=["system", *columns], dtype=object)
     if folder is not None:
         card = RunCard(
@@ -82,7 +130,7 @@ def speed(
             name="train",
             seed=0,
             data=f"planted: {users:,} users, {items:,} items, {events:,} training events, features {widths}, float32",
-            model={s: {"class": SYSTEMS[s][0], "config": SYSTEMS[s][1]} for s in systems},
+            model={s: {"class": SYSTEMS[s][0], "config": SYSTEMS[s][1]} for s in found},
             settings={**FIT, "repeats": repeats, "threads": threads or torch.get_num_threads(), "load": round(load, 2)},
             metrics=found,
             seconds=round(time.perf_counter() - began, 3),
@@ -138,26 +186,61 @@ def planted(
     return splits.given(RecDataset("planted", every, catalog, parts))
 
 
-def measure(*, system: str, size: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """One system in this process: the columns of ``speed``, each epoch's seconds, the first and last epoch's loss."""
+def measure(*, system: str, size: dict[str, Any], repeats: int, processor: bool = False) -> dict[str, Any]:
+    """One system in this process: the columns of ``speed``, each epoch's seconds, the first and last epoch's loss.
+    ``processor``: seconds of the processor in place of the clock's."""
     split = planted(**size)
     name, config = SYSTEMS[system]
-    content = {"catalog": split.catalog} if name == "VBPR" else {}
+    kind: Any = models.classes()[name]
+    content: dict[str, Any] = {}
+    if hasattr(kind, "with_catalog"):
+        raw = config.get("trained_features", False)
+        content = {"features": FeatureTable.from_catalog(split.catalog)} if raw else {"catalog": split.catalog}
+    clock = time.process_time if processor else time.perf_counter
     seed_everything(0)
-    began = time.perf_counter()
-    model: Any = models.classes()[name](split.train, **content, **config)
+    began = clock()
+    model: Any = kind(split.train, **content, **config)
     if not model.trainable:
         model.score(np.zeros(1, dtype=np.int64))  # computed when first needed
-    built, peak = time.perf_counter() - began, peak_memory_mb()
+    built, peak = clock() - began, peak_memory_mb()
     found: dict[str, Any] = {BUILD: round(built, 4), EPOCH: None, SAMPLES: None}
     if model.trainable:
+        marks: list[float] = []
+
+        def passed(row: dict[str, Any]) -> None:
+            marks.append(clock())
+
         # the first epoch warms up; the last one's seconds hold the only validation
-        history = fit(model, split, epochs=repeats + 2, eval_every=repeats + 2, **FIT).history  # type: ignore[arg-type]
-        taken = np.diff(history["seconds"])[:-1].tolist()
+        options: dict[str, Any] = {"epochs": repeats + 2, "eval_every": repeats + 2, **FIT}
+        history = fit(model, split, on_epoch=passed, **options).history
+        taken = np.diff(marks)[:-1].tolist()
         median = statistics.median(taken)
+        term = next(c for c in history if c in ("bpr", "softmax", "bootstrap"))
         found |= {EPOCH: round(median, 4), SAMPLES: round(len(split.train) / median)}
-        found |= {"epochs": [round(t, 4) for t in taken], "losses": [history["bpr"].iloc[n] for n in (0, -1)]}
+        found |= {"epochs": [round(t, 4) for t in taken], "losses": [float(history[term].iloc[n]) for n in (0, -1)]}
+    test, pairs = split.open_test(), []
+    for _ in range(min(repeats, 3)):
+        began = clock()
+        for positives in (split.valid, test):
+            rank(model, positives, seen=split.train.csr, k=50).per_user("ndcg@20")
+        pairs.append(clock() - began)
+    found[PAIR] = round(statistics.median(pairs), 4)
     return found | {PEAK: round(max(peak, peak_memory_mb())), "threads": torch.get_num_threads()}
+
+
+def _peers(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The rows of a peer's CSV that ours stand beside, by our names."""
+    table = pd.read_csv(path)
+    found = {}
+    for ours, (system, layers) in PEER.items():
+        rows = table[
+            (table["system"] == system) & (table["layers"].isna() if layers is None else table["layers"] == layers)
+        ]
+        if len(rows):
+            one = rows.iloc[0]
+            seconds = {"train": one["train_seconds_per_epoch"], "evaluation": one["evaluation_pair_seconds"]}
+            found[ours] = {"clock": str(one["clock"]), **{k: float(v) for k, v in seconds.items()}}
+    return found
 
 
 def _apart(asked: dict[str, Any], threads: int | None) -> dict[str, Any]:
