@@ -190,6 +190,32 @@ class Interactions:
     def n_items(self) -> int:
         return len(self.item_ids)
 
+    def to_pyg(self, *, features: Any = None) -> Any:
+        """The events as a ``torch_geometric.data.HeteroData``: node types ``user`` and ``item``, edges ``(user, takes,
+        item)`` with ``edge_index`` (2, E) and, where there are times, ``time`` (E,), and their reverse ``(item, taken
+        by, user)``. Nodes have the numbers they have here. ``features``, a ``FeatureTable``, puts all modalities side by
+        side as ``x`` (I, F) and who has what as ``presence`` (I, M). Raises ``DataError`` without the package.
+        """
+        try:
+            from torch_geometric.data import HeteroData
+        except ImportError:
+            raise DataError("to_pyg needs the package torch_geometric: pip install 'mmllmrec[pyg]'") from None
+        import torch
+
+        data, ends = HeteroData(), torch.from_numpy(np.stack([self.users, self.items]))
+        data["user"].num_nodes, data["item"].num_nodes = self.n_users, self.n_items
+        data["user", "takes", "item"].edge_index = ends
+        data["item", "taken by", "user"].edge_index = ends.flip(0)
+        if self.times is not None:
+            for kind in (("user", "takes", "item"), ("item", "taken by", "user")):
+                data[kind].time = torch.from_numpy(self.times.copy())
+        if features is not None:
+            if len(features) != self.n_items:
+                raise DataError(f"features have {len(features)} rows; there are {self.n_items} items")
+            data["item"].x = torch.from_numpy(features.concatenated())
+            data["item"].presence = torch.from_numpy(features.presence.copy())
+        return data
+
     def select(self, which: np.ndarray) -> Interactions:
         """The events at ``which`` (boolean mask or positions), with the same id maps."""
         times = self.times[which] if self.times is not None else None
