@@ -111,9 +111,9 @@ plt.tight_layout()
 
 # %% [markdown]
 # **What it means.** On items that training knows, smoothing over the graph of users and items is worth more than
-# content beside the factors, and costs no parameters. On new items it is worth nothing: they have no edge. There a graph of
-# *alike items* does what the other graph cannot, and lends a new item its neighbours' IDs. MMGCN, which sends content
-# itself over the graph, needs far more seconds for what it gets.
+# content beside the factors, and costs no parameters. On new items it is worth nothing: they have no edge. There a
+# graph of *alike items* does what the other graph cannot, and lends a new item its neighbours' IDs. MMGCN, which sends
+# content itself over the graph, needs far more seconds for what it gets.
 
 # %%
 if not SMOKE:

@@ -193,8 +193,8 @@ class Interactions:
     def to_pyg(self, *, features: Any = None) -> Any:
         """The events as a ``torch_geometric.data.HeteroData``: node types ``user`` and ``item``, edges ``(user, takes,
         item)`` with ``edge_index`` (2, E) and, where there are times, ``time`` (E,), and their reverse ``(item, taken
-        by, user)``. Nodes have the numbers they have here. ``features``, a ``FeatureTable``, puts all modalities side by
-        side as ``x`` (I, F) and who has what as ``presence`` (I, M). Raises ``DataError`` without the package.
+        by, user)``. Nodes have the numbers they have here. ``features``, a ``FeatureTable``, puts all modalities side
+        by side as ``x`` (I, F) and who has what as ``presence`` (I, M). Raises ``DataError`` without the package.
         """
         try:
             from torch_geometric.data import HeteroData
