@@ -164,7 +164,7 @@ class Composed(MultimodalModel):
     late fusion a user has a vector a channel, and their mean meets the fused item. An absent channel has no part in a
     fusion. Raises ``DataError`` where parts have no meaning together: one channel and nothing to fuse with late timing,
     the heuristic without IDs, views of a graph that the encoder does not have, ``extras`` of modalities with fewer than
-    two, of users' and items' alignment beside a pointwise loss that it would fight.
+    two, and two extras that would make the same views.
     """
 
     losses: ClassVar[tuple[str, ...]] = LOSSES

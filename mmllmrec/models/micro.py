@@ -67,8 +67,8 @@ class MICRO(MultimodalModel):
 
     def encode(self) -> Encoded:
         users, items = self.ids()
-        views = [items] * len(self.modalities)
-        for _ in range(self.item_layers):
+        views = self.learned(self, items)
+        for _ in range(self.item_layers - 1):
             views = [self.learned(self, view)[m] for m, view in enumerate(views)]
         stacked = torch.stack(views, dim=1)
         weights = masked_softmax(self.attention(stacked)[..., 0], self.all_present())
