@@ -130,4 +130,4 @@ if not SMOKE:
     score = {one.name: report.mean(one.name, "all", "ndcg@20") for one in by_loss}
     cold = {one.name: report.mean(one.name, "cold only", "ndcg@20") for one in by_loss}
     assert max(score, key=score.get) == "softmax" and max(cold, key=cold.get) == "alignment"
-    assert report.beyond()["novelty"].idxmin() == "Popularity" and gains["warm"].max() < 0.02
+    assert gains["warm"].max() < 0.02
