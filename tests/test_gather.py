@@ -69,14 +69,14 @@ def gradients(encoder, encode, items):
 
 def test_chunks_give_value_and_gradient_of_the_whole():
     seed_everything(0)
-    encoder, items = Encoder().eval(), torch.randperm(23)[:17]
+    encoder, items = Encoder().eval().double(), torch.randperm(23)[:17]
     encode = lambda i: encoder.mlp(encoder.drop(encoder.table(i)))  # noqa: E731
     whole, whole_grads = gradients(encoder, encode, items)
     for size in (1, 4, 17, 40):
         value, grads = gradients(encoder, lambda i, size=size: in_chunks(encode, i, size=size), items)
-        torch.testing.assert_close(value, whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(value, whole, atol=1e-12, rtol=0)
         for a, b in zip(grads, whole_grads, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     with pytest.raises(DataError, match="chunk=0: encode at least one"):
         in_chunks(encode, items, size=0)
 

@@ -74,8 +74,8 @@ def test_what_is_absent_is_zero_and_what_is_not_read_early_has_no_say_there():
     found.vectors[EARLY].square().sum().backward()
     assert given["b"].grad is None and given["a"].grad[:2].abs().sum() > 0
     assert not given["a"].grad[2:].any()
-    for wrong in ({"paths": ("a", "c")}, {"paths": ()}, {"paths": ("a",), "fusion": "sum"}):
-        with pytest.raises(DataError, match=next(iter(wrong)) if "fusion" not in wrong else "fusion='sum'"):
+    for wrong in ({"paths": ("a", "c")}, {"paths": ()}, {"paths": ("a",), "fusion": "vote"}):
+        with pytest.raises(DataError, match=next(iter(wrong)) if "fusion" not in wrong else "fusion='vote'"):
             Heads({"a": 3}, 5, **({"paths": ("a",), "fusion": "mean"} | wrong))
 
 
