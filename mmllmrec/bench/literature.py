@@ -119,7 +119,7 @@ def survey(
         make,
         claims=[Claim(name, "LightGCN", "all") for name in others] if "LightGCN" in named else [],
         first=rows[-1].name,
-        more=lambda split, runs, seed: shuffled_best(split, runs, seed),
+        more=shuffled_best,
         search=lambda data: make(data, 0),
     )
     return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)

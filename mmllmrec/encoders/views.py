@@ -6,8 +6,16 @@ Legend: E training events, U users, I items.
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmllmrec.data.interactions import DataError, Interactions
+
+
+def noised(rows: Tensor, length: float) -> Tensor:
+    """Rows (N, D) with a random vector of this length added to each, in the row's own orthant (Yu et al. 2022)."""
+    return rows + length * torch.sign(rows) * F.normalize(torch.rand_like(rows), dim=-1)
 
 
 def keep_edges(train: Interactions, share: float, *, rng: np.random.Generator, by_degree: bool = False) -> np.ndarray:

@@ -21,7 +21,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph, Propagation, mean_adjacency, normalised_adjacency
 from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.item_graph import companions, item_graph, mixed
-from mmllmrec.encoders.views import keep_edges, keep_nodes
+from mmllmrec.encoders.views import keep_edges, keep_nodes, noised
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import FUSIONS
 from mmllmrec.models.graphs import Encoded
@@ -339,7 +339,7 @@ class Composed(MultimodalModel):
 
     def _noise(self, batch: Batch, encoded: Encoded) -> Tensor:
         def noisy(x: Tensor) -> Tensor:
-            return x + 0.1 * torch.sign(x) * F.normalize(torch.rand_like(x), dim=-1)
+            return noised(x, 0.1)
 
         one, other = (Encoded(noisy(encoded.users), noisy(encoded.items)) for _ in range(2))
         return self._pair(one, other, batch)

@@ -37,8 +37,6 @@ class DAMRS(MultimodalModel):
     pairs are not weighed; an item without any content keeps its co-consumption.
     """
 
-    graphs = "mixed"  # of all views; ``views`` holds them apart
-
     def __init__(
         self,
         train: Interactions,

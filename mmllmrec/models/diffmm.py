@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
@@ -174,11 +173,9 @@ class DiffMM(MultimodalModel):
         """``contrast`` of modalities' views, and ``diffusion``."""
         terms = {}
         if self.contrast_weight and len(encoded.parts) > 1:
-            nodes = batch.users.unique(), batch.items.unique() + self.n_users
             each = [
-                losses.info_nce(one[some], other[some], temperature=self.temperature, both_ways=False)
+                self.two_views(one, other, batch, temperature=self.temperature)
                 for one, other in combinations(encoded.parts.values(), 2)
-                for some in nodes
             ]
             terms["contrast"] = self.contrast_weight * torch.stack(each).sum()
         terms["diffusion"] = self._diffused(len(batch))

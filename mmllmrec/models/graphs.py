@@ -9,8 +9,10 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
+from mmllmrec import losses
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
@@ -44,6 +46,15 @@ class EncodedModel(VectorModel):
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """Further named terms of a batch, already weighted."""
         return {}
+
+    def two_views(self, one: Tensor, other: Tensor, batch: Batch, *, temperature: float) -> Tensor:
+        """InfoNCE of the batch's distinct nodes, ``one`` against ``other`` (both (N, D), users first), one way; users
+        and items apart, added up: a scalar."""
+        terms = [
+            losses.info_nce(one[nodes], other[nodes], temperature=temperature, both_ways=False)
+            for nodes in (batch.users.unique(), batch.items.unique() + self.n_users)
+        ]
+        return torch.stack(terms).sum()
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         return self.encode().pick(users, *items)

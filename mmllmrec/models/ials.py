@@ -6,6 +6,7 @@ Legend: B users asked for, U users, I items, D width.
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any, Self
 
@@ -26,10 +27,10 @@ class Factorised(ClosedForm):
     same factors. Users and items without an event are zero.
     """
 
-    @cached_property
+    @property
+    @abstractmethod
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Users (U, D) and items (I, D), float32."""
-        raise NotImplementedError
+        """Users (U, D) and items (I, D), float32; a subclass computes them once."""
 
     def embed(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Users (U, D) and items (I, D); a user whose events are not those of training is folded in."""

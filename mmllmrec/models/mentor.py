@@ -107,12 +107,8 @@ class MENTOR(ModalModel):
             apart = [(a.mean() - b.mean()).abs() + (a.var() - b.var()).abs() for a, b in combinations(views, 2)]
             terms["align"] = self.align_weight * torch.stack(apart).sum()
         if self.graph_weight and "one" in parts:
-            groups = nodes[nodes < self.n_users], nodes[nodes >= self.n_users]
-            each = [
-                losses.info_nce(parts["one"][g], parts["other"][g], temperature=self.temperature, both_ways=False)
-                for g in groups
-            ]
-            terms["graph"] = self.graph_weight * torch.stack(each).sum()
+            value = self.two_views(parts["one"], parts["other"], batch, temperature=self.temperature)
+            terms["graph"] = self.graph_weight * value
         if self.mask_weight:
             fused = parts["fused"][nodes]
             masked = F.dropout(fused.detach(), self.dropout, self.training)

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph, Propagation, normalised_adjacency
 from mmllmrec.encoders.item_graph import cosines, item_graph, mixed, nearest, weighted_sum
-from mmllmrec.encoders.views import keep_edges
+from mmllmrec.encoders.views import keep_edges, noised
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel
 from mmllmrec.models.graphs import Encoded, EncodedModel
@@ -116,7 +115,7 @@ class ModalEncoder(nn.Module):
         for _ in range(self.layers):
             layer = propagation(layer)
             if noise:
-                layer = layer + noise * torch.sign(layer) * F.normalize(torch.rand_like(layer), dim=-1)
+                layer = noised(layer, noise)
             total = total + layer
         first, second = total.split([len(users), len(rows)])
         return first, second
@@ -227,16 +226,9 @@ def side_contrast(model: MultimodalModel, batch: Batch, encoded: Encoded) -> dic
     weight = float(model.config["contrast_weight"])
     if not weight:
         return {}
-    terms = [
-        losses.info_nce(
-            encoded.parts["side"][nodes],
-            encoded.parts["behaviour"][nodes],
-            temperature=float(model.config["temperature"]),
-            both_ways=False,
-        )
-        for nodes in (batch.users.unique(), batch.items.unique() + model.n_users)
-    ]
-    return {"contrast": weight * torch.stack(terms).sum()}
+    side, behaviour = encoded.parts["side"], encoded.parts["behaviour"]
+    value = model.two_views(side, behaviour, batch, temperature=float(model.config["temperature"]))
+    return {"contrast": weight * value}
 
 
 def _shares(given: Sequence[float] | None, modalities: int) -> np.ndarray:

@@ -64,7 +64,7 @@ class SelfCF(EncodedModel):
         users, items = self.graph(*self.trained(self.users.weight, self.items.weight))
         both = torch.cat([self.predictor(users), users], 1), torch.cat([items, self.predictor(items)], 1)
         present = self.known[:, None], self.warm[:, None]  # the bias of the predictor is nobody's taste
-        return Encoded(both[0] * present[0], both[1] * present[1], {"users": users, "items": items})
+        return Encoded(both[0] * present[0], both[1] * present[1])
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``bootstrap``: both directions."""

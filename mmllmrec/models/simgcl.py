@@ -6,13 +6,12 @@ Legend: U users, I items, N = U + I nodes, D width, L layers.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllmrec import losses
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_adjacency
+from mmllmrec.encoders.views import noised
 from mmllmrec.models.graphs import Encoded, EncodedModel
 
 
@@ -61,7 +60,7 @@ class SimGCL(EncodedModel):
         for depth in range(self.layers):
             layer = layer if depth == 0 else self.propagation(layer)
             if noisy:
-                layer = layer + torch.sign(layer) * F.normalize(torch.rand_like(layer), dim=-1) * self.noise
+                layer = noised(layer, self.noise)
             total = total + layer
         return total / self.layers
 
@@ -69,13 +68,5 @@ class SimGCL(EncodedModel):
         """``contrast``: two views of the same nodes."""
         if not self.weight or not encoded.parts:
             return {}
-        terms = [
-            losses.info_nce(
-                encoded.parts["one"][nodes],
-                encoded.parts["other"][nodes],
-                temperature=self.temperature,
-                both_ways=False,
-            )
-            for nodes in (batch.users.unique(), batch.items.unique() + self.n_users)
-        ]
-        return {"contrast": self.weight * torch.stack(terms).sum()}
+        one, other = encoded.parts["one"], encoded.parts["other"]
+        return {"contrast": self.weight * self.two_views(one, other, batch, temperature=self.temperature)}
