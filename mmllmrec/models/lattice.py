@@ -5,25 +5,20 @@ Legend: U users, I items, M modalities, D width, F_m width of a modality's featu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
-
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
-from mmllmrec.losses import l2
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import LearnedGraph, MultimodalModel
+from mmllmrec.models.multimodal import LearnedModel
 
 
-class LATTICE(MultimodalModel):
+class LATTICE(LearnedModel):
     """Items' IDs smoothed over a learned graph of alike items, added to LightGCN's output at unit length.
 
     Zhang et al. 2021 (arXiv 2104.09036). A graph a modality, frozen and learned (``LearnedGraph``, ``keep`` the share
@@ -32,10 +27,6 @@ class LATTICE(MultimodalModel):
     modalities that an item has. Departures: LightGCN's graph is the usual one (published: self-loops and row means);
     features are frozen (``trained_features=True`` trains the tables, as published); see ``LearnedGraph``.
     """
-
-    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
-    graphs = "modal"
-    weighted = True
 
     def __init__(
         self,
@@ -54,13 +45,7 @@ class LATTICE(MultimodalModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.item_layers = item_layers
-        self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
         self.mixture = nn.Parameter(torch.zeros(len(self.modalities)))
-
-    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
-        if not resumed:
-            self.learned.choose(self)
 
     def encode(self) -> Encoded:
         users, items = self.ids()

@@ -5,10 +5,6 @@ Legend: C distinct items of a batch, U users, I items, M modalities, D width, F_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +14,12 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
-from mmllmrec.losses import l2
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import LearnedGraph, MultimodalModel
+from mmllmrec.models.multimodal import LearnedModel
 
 
-class MICRO(MultimodalModel):
+class MICRO(LearnedModel):
     """LATTICE's graphs kept apart; their item vectors are fused by attention, and each is drawn to what is fused.
 
     Zhang et al. 2022 (arXiv 2111.00678). h_m = A_m Q over each modality's graph (``LearnedGraph``), h = sum of w_m h_m
@@ -33,10 +28,6 @@ class MICRO(MultimodalModel):
     ``LATTICE``, and the contrast is among the batch's distinct items, where the published code takes all items in every
     step.
     """
-
-    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
-    graphs = "modal"
-    weighted = True
 
     def __init__(
         self,
@@ -57,13 +48,8 @@ class MICRO(MultimodalModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.item_layers, self.contrast_weight, self.temperature = item_layers, contrast_weight, temperature
-        self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
+        self.contrast_weight, self.temperature = contrast_weight, temperature
         self.attention = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias=False))
-
-    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
-        if not resumed:
-            self.learned.choose(self)
 
     def encode(self) -> Encoded:
         users, items = self.ids()

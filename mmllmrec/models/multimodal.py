@@ -6,7 +6,7 @@ Legend: B batch, U users, I items, N = U + I nodes, M modalities, D width, F_m w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mmllmrec.encoders.graph import LightGraph, Propagation, normalised_adjacenc
 from mmllmrec.encoders.item_graph import cosines, item_graph, mixed, nearest, weighted_sum
 from mmllmrec.encoders.views import keep_edges, noised
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.losses import l2
 from mmllmrec.models.content import ContentModel
 from mmllmrec.models.graphs import Encoded, EncodedModel
 
@@ -198,6 +199,25 @@ class LearnedGraph(nn.Module):
             learned = weighted_sum(near, values * half[:, None] * half[near], x)
             found.append(self.keep * frozen(x) + (1 - self.keep) * learned)
         return found
+
+
+class LearnedModel(MultimodalModel):
+    """A ``MultimodalModel`` with a ``LearnedGraph`` beside its frozen ones: LATTICE and MICRO. Neighbours are chosen
+    once an epoch; BPR's penalty is ``losses.l2`` of the batch's final vectors."""
+
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
+    graphs = "modal"
+    weighted = True
+
+    def __init__(self, train: Interactions, *, dim: int, neighbours: int, keep: float, item_layers: int, **config: Any):
+        shape = {"dim": dim, "neighbours": neighbours, "keep": keep, "item_layers": item_layers}
+        super().__init__(train, **shape, **config)  # type: ignore[arg-type]
+        self.item_layers = item_layers
+        self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
+
+    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        if not resumed:
+            self.learned.choose(self)
 
 
 class PrunedGraph(EncodedModel):
