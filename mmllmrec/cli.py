@@ -452,6 +452,9 @@ def bench_train(
     threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
     systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
     peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's seconds")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="of each system's training to its best; none where not given")
+    ] = None,
     folder: Cards = Path("runs/train"),
 ) -> None:
     """Seconds per epoch and evaluation, samples per second and peak memory of the systems (118,551 events of 19,445
@@ -461,8 +464,9 @@ def bench_train(
     """
     from mmllmrec.training.speed import SYSTEMS, speed
 
-    named = systems or tuple(SYSTEMS)
-    table = speed(repeats=repeats, threads=threads, systems=named, peer=peer, folder=folder).fillna("-")
+    table = speed(
+        repeats=repeats, threads=threads, systems=systems or tuple(SYSTEMS), peer=peer, minutes=minutes, folder=folder
+    ).fillna("-")
     _show(table, f"training, medians of {repeats} epochs; features are whitened to 64 columns when a system is built")
     print(f"run card: {folder / 'card.json'}")
 

@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
+from mmllmrec import models
 from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.speed import speed as evaluator_speed
 from mmllmrec.runcard import RunCard, peak_memory_mb
+from mmllmrec.training import floor, throughput
 from mmllmrec.training import speed as bench
-from mmllmrec.training import throughput
 
 SMALL = {"users": 307, "items": 211, "events": 1511, "widths": (37, 13)}
 
@@ -54,6 +55,7 @@ def test_each_epoch_but_the_first_and_the_last_is_timed(monkeypatch):
         return Run
 
     monkeypatch.setattr(bench, "fit", fit)
+    monkeypatch.setattr(bench, "rates", lambda: (1e9, 1e9))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
     found = bench.measure(system="BPR", size=SMALL, repeats=3)
     assert found["epochs"] == [1, 2, 9] and found[bench.EPOCH] == 2 and found[bench.SAMPLES] == round(1511 / 2)
@@ -66,7 +68,7 @@ def test_each_system_is_measured_apart_and_the_card_holds_the_table(tmp_path):
     table = bench.speed(**SMALL, systems=["VBPR", "EASE"], repeats=1, threads=1, folder=tmp_path).set_index("system")
     del ballast
     assert table.loc["VBPR", bench.SAMPLES] == pytest.approx(1511 / table.loc["VBPR", bench.EPOCH], rel=0.2)
-    assert table.loc["EASE"].isna().tolist() == [False, True, True, False, False]
+    assert table.columns[table.loc["EASE"].isna()].tolist() == [bench.EPOCH, bench.FLOOR, bench.SAMPLES]
     assert (table[bench.BUILD] > 0).all() and (table[bench.PEAK] < 1.5 * 2**10).all()
     card = RunCard.load(tmp_path / "card.json")
     assert card.settings["threads"] == card.metrics["EASE"]["threads"] == 1
@@ -75,6 +77,43 @@ def test_each_system_is_measured_apart_and_the_card_holds_the_table(tmp_path):
     first, last = card.metrics["VBPR"]["losses"]
     assert last < first
     assert "VBPR" in (tmp_path / "table.txt").read_text()
+
+
+def test_the_floor_counts_products_and_adam_by_hand():
+    """LightGCN: two sparse products a layer and step, forward and backward; BPR: none; both: Adam over all IDs."""
+    split = bench.planted(**SMALL)
+    steps, adam = 2, 28 * (307 + 211) * 64
+    product = 2 * 1511 * (4 + 4 + 4 * 64) + (307 + 211) * 4 * 64
+    for name, products in (("BPR", 0), ("LightGCN", 2 * 2)):
+        model = models.classes()[name](split.train)
+        found = floor.floor(model, split, batch_size=1024, flops=1e9, bandwidth=2e9)
+        assert found == pytest.approx(steps * (adam + products * product) / 2e9), name
+    x, y = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7, requires_grad=True)
+    with floor.Count() as count:
+        (x @ y).sum().backward()
+    assert count.flops == 3 * 2 * 3 * 5 * 7
+    flops, bandwidth = floor.rates(repeats=1)
+    assert flops > 1e8 and bandwidth > 1e8
+
+
+def test_seconds_to_the_best_are_epochs_at_an_epochs_seconds(monkeypatch):
+    scores = [0.1, 0.5, 0.99, 0.8, 1.0, *[0.9] * bench.PATIENCE]
+
+    class Run:
+        history = pd.DataFrame({"ndcg@20": scores})
+
+    monkeypatch.setattr(bench, "fit", lambda model, split, **options: Run)
+    asked = bench._to_best(None, None, 2.0, 1.0)
+    assert (asked[bench.BEST], asked[bench.TO_BEST], asked["cut"]) == (1.0, 6.0, None)
+    Run.history = Run.history[:-1]
+    assert bench._to_best(None, None, 2.0, 1.0)["cut"] == "cut"
+
+
+def test_a_system_is_trained_to_its_best():
+    found = bench.measure(system="BPR", size=SMALL, repeats=1, minutes=0.02)
+    assert found["epochs to it"] > 1 and found[bench.TO_BEST] == pytest.approx(
+        found["epochs to it"] * found[bench.EPOCH], abs=0.01
+    )
 
 
 def test_a_peer_stands_beside_ours_by_its_own_clock(tmp_path):

@@ -30,6 +30,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.runcard import RunCard, peak_memory_mb
 from mmllmrec.seed import generator, seed_everything
 from mmllmrec.training.fit import fit
+from mmllmrec.training.floor import floor, rates
 
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "BPR": ("BPR", {}),
@@ -67,9 +68,11 @@ PEER: dict[str, tuple[str, float | None]] = {
     "LATTICE": ("LATTICE", None),
 }
 ANCHOR, ANCHOR_PEER = "IALS, 1 iteration", 0.105  # seconds of one iteration of ``implicit``'s ALS where the peer ran
-FIT = {"batch_size": 2048, "lr": 5e-3}
+FIT: dict[str, Any] = {"batch_size": 2048, "lr": 5e-3}
 BUILD, EPOCH, SAMPLES, PEAK = "build seconds", "seconds per epoch", "samples per second", "peak memory MiB"
 PAIR, FASTER, RANKS = "seconds per evaluation", "times the peer", "times the peer, evaluation"
+FLOOR, BEST, TO_BEST = "over the floor", "best ndcg@20", "seconds to 99% of it"
+PATIENCE = 10  # validations without a better one, after which a system has had its best
 
 
 def speed(
@@ -82,6 +85,7 @@ def speed(
     repeats: int = 5,
     threads: int | None = None,
     peer: str | os.PathLike[str] | None = None,
+    minutes: float | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Seconds to build, per epoch and per evaluation, training events per second and peak memory; a row a system.
@@ -89,16 +93,21 @@ def speed(
     The data is ``planted(users, items, ...)``. An epoch is what ``fit`` takes for one, its sampling included and
     validation left out: the median of ``repeats``, after one to warm up. Build seconds are the constructor's: VBPR's
     hold the whitening of its features to 64 columns a modality, which happens once; a closed form is computed in them,
-    and has no epoch. Peak memory (MiB) is the resident set of the process, interpreter, libraries and data included.
-    An evaluation is of validation and test, full ranking, the best 50 of every user. ``peer`` is a CSV of another
-    toolkit's seconds (columns system, layers, clock, train_seconds_per_epoch, evaluation_pair_seconds): a system it has
-    is measured by that row's clock, ``2T`` two threads and seconds, ``1C`` one thread and processor seconds, and set
-    beside it, the peer's seconds scaled by what one iteration of ``implicit``'s ALS takes here and took there
-    (``ANCHOR_PEER``). "raw table" trains the features as they are, 4,480 columns, as the published code does.
-    ``threads`` is how many each process computes with, the libraries' own choice where not given: pass 1 on a machine
-    that others use, where threads that wait for one another take many times longer. ``folder`` gets ``card.json``, with
-    every epoch and the machine's load beforehand, and ``table.txt``. Raises ``DataError`` for an unknown system and for
-    ``repeats`` or ``threads`` below 1, and ``RuntimeError`` when a measuring process fails.
+    and has no epoch. ``over the floor`` is an epoch's seconds over what its products and Adam need at the rates of this
+    machine (``training.floor``). Peak memory (MiB) is the resident set of the process, interpreter, libraries and data
+    included. An evaluation is of validation and test, full ranking, the best 50 of every user. ``peer`` is a CSV of
+    another toolkit's seconds (columns system, layers, clock, train_seconds_per_epoch, evaluation_pair_seconds): a
+    system it has is measured by that row's clock, ``2T`` two threads and seconds, ``1C`` one thread and processor
+    seconds, and set beside it, the peer's seconds scaled by what one iteration of ``implicit``'s ALS takes here and
+    took there (``ANCHOR_PEER``). Epochs of different methods are not worth the same: with ``minutes`` each system is
+    also trained until ``PATIENCE`` validations were no better, or that long, and ``seconds to 99% of it`` is its epochs
+    up to 99% of its best validation ndcg@20, at its seconds per epoch, validation left out; "cut" beside it where time
+    ended the training and the best may be yet to come. "raw table" trains the features as they are, 4,480 columns, as
+    the published code does. ``threads`` is how many each process computes with, the libraries' own choice where not
+    given: pass 1 on a machine that others use, where threads that wait for one another take many times longer.
+    ``folder`` gets ``card.json``, with every epoch and the machine's load beforehand, and ``table.txt``. Raises
+    ``DataError`` for an unknown system and for ``repeats`` or ``threads`` below 1, and ``RuntimeError`` when a
+    measuring process fails.
     """
     unknown = [s for s in systems if s not in SYSTEMS]
     if unknown:
@@ -114,14 +123,15 @@ def speed(
     found = {}
     for s in chosen:
         clock = theirs[s]["clock"] if s in theirs else None
-        asked = {"system": s, "size": size, "repeats": repeats, "processor": clock == "1C"}
+        asked = {"system": s, "size": size, "repeats": repeats, "processor": clock == "1C", "minutes": minutes}
         found[s] = _apart(asked, threads if clock is None else {"2T": 2, "1C": 1}[clock])
     for s, row in theirs.items():
         if s in found:
             scale = found[ANCHOR][BUILD] / ANCHOR_PEER
             for column, ours, their in ((FASTER, EPOCH, "train"), (RANKS, PAIR, "evaluation")):
                 found[s][column] = round(row[their] * scale / found[s][ours], 2)
-    columns = [BUILD, EPOCH, SAMPLES, PAIR, PEAK, *([FASTER, RANKS] if theirs else [])]
+    more = [*([FASTER, RANKS] if theirs else []), *([BEST, TO_BEST, "cut"] if minutes is not None else [])]
+    columns = [BUILD, EPOCH, FLOOR, SAMPLES, PAIR, PEAK, *more]
     lines = [[s, *(one.get(c) for c in columns)] for s, one in found.items()]
     frame = pd.DataFrame(lines, columns=["system", *columns], dtype=object)
     if folder is not None:
@@ -131,7 +141,13 @@ def speed(
             seed=0,
             data=f"planted: {users:,} users, {items:,} items, {events:,} training events, features {widths}, float32",
             model={s: {"class": SYSTEMS[s][0], "config": SYSTEMS[s][1]} for s in found},
-            settings={**FIT, "repeats": repeats, "threads": threads or torch.get_num_threads(), "load": round(load, 2)},
+            settings={
+                **FIT,
+                "repeats": repeats,
+                "threads": threads or torch.get_num_threads(),
+                "minutes": minutes,
+                "load": round(load, 2),
+            },
             metrics=found,
             seconds=round(time.perf_counter() - began, 3),
             peak_memory_mb=max(one[PEAK] for one in found.values()),
@@ -186,7 +202,9 @@ def planted(
     return splits.given(RecDataset("planted", every, catalog, parts))
 
 
-def measure(*, system: str, size: dict[str, Any], repeats: int, processor: bool = False) -> dict[str, Any]:
+def measure(
+    *, system: str, size: dict[str, Any], repeats: int, processor: bool = False, minutes: float | None = None
+) -> dict[str, Any]:
     """One system in this process: the columns of ``speed``, each epoch's seconds, the first and last epoch's loss.
     ``processor``: seconds of the processor in place of the clock's."""
     split = planted(**size)
@@ -225,7 +243,34 @@ def measure(*, system: str, size: dict[str, Any], repeats: int, processor: bool 
             rank(model, positives, seen=split.train.csr, k=50).per_user("ndcg@20")
         pairs.append(clock() - began)
     found[PAIR] = round(statistics.median(pairs), 4)
-    return found | {PEAK: round(max(peak, peak_memory_mb())), "threads": torch.get_num_threads()}
+    found |= {PEAK: round(max(peak, peak_memory_mb())), "threads": torch.get_num_threads()}
+    if model.trainable:  # what follows is not in the peak
+        flops, bandwidth = rates()
+        least = floor(model, split, batch_size=FIT["batch_size"], flops=flops, bandwidth=bandwidth)
+        found |= {FLOOR: round(found[EPOCH] / least, 2), "floor seconds": round(least, 4)}
+        found |= {"GFLOP/s": round(flops / 1e9, 1), "GB/s": round(bandwidth / 1e9, 1)}
+    if model.trainable and minutes is not None:
+        seed_everything(0)
+        found |= _to_best(kind(split.train, **content, **config), split, found[EPOCH], minutes)
+    return found
+
+
+def _to_best(model: Any, split: Split, seconds: float, minutes: float) -> dict[str, Any]:
+    """A new model's best validation score, and the seconds of its epochs up to 99% of it."""
+
+    def over(row: dict[str, Any]) -> bool:
+        return bool(row["seconds"] > 60 * minutes)
+
+    history = fit(model, split, epochs=1000, patience=PATIENCE, on_epoch=over, **FIT).history
+    scores = history["ndcg@20"].to_numpy()
+    epochs = int(np.argmax(scores >= 0.99 * scores.max())) + 1
+    cut = "cut" if len(scores) - int(scores.argmax()) <= PATIENCE else None
+    return {
+        BEST: round(float(scores.max()), 4),
+        TO_BEST: round(epochs * seconds, 2),
+        "epochs to it": epochs,
+        "cut": cut,
+    }
 
 
 def _peers(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,83 @@
+"""What a training epoch cannot do without: bytes and products of matrices, at the rates that this machine reaches.
+
+Legend: N size of the measured product, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmllmrec.data.sampling import epoch
+from mmllmrec.data.splits import Split
+from mmllmrec.models.base import Recommender
+from mmllmrec.seed import generator
+
+N, COPIED = 1024, 1 << 26  # float32 values of the measured copy: 256 MiB, more than caches hold
+ADAM = 7 * 4  # bytes a parameter and step: weight, gradient and two moments read, weight and moments written
+aten = torch.ops.aten
+
+
+class Count(TorchDispatchMode):
+    """Counts, inside: ``flops`` of dense products of matrices (a multiplication and an addition are two), and
+    ``bytes`` of sparse ones, which read an index, a value and a row of D a stored entry, and write the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+            one, other = args[:2] if packet in (aten.mm, aten.bmm) else args[1:3]
+            if one.layout == torch.sparse_csr:
+                index = one.col_indices().element_size()
+                width = other.shape[-1] * other.element_size()
+                self.bytes += one.values().numel() * (index + one.element_size() + width) + one.shape[0] * width
+            else:
+                self.flops += 2 * one.numel() * other.shape[-1]
+        return result
+
+
+def rates(*, repeats: int = 5) -> tuple[float, float]:
+    """Floating-point operations and bytes a second, float32, on the threads at hand: medians of a product of two 1024 x
+    1024 matrices, and of a copy of 256 MiB (each byte read and written)."""
+    one, other, target = torch.ones(N, N), torch.ones(N, N), torch.empty(COPIED)
+    source = torch.ones(COPIED)
+    product = _median(lambda: torch.mm(one, other), repeats)
+    copied = _median(lambda: target.copy_(source), repeats)
+    return 2 * N**3 / product, 2 * 4 * COPIED / copied
+
+
+def floor(model: Recommender, split: Split, *, batch_size: int, flops: float, bandwidth: float) -> float:
+    """Seconds per epoch that a model's method needs at the least, at these ``rates``.
+
+    Counted in one step of training, forward and backward: operations of its dense products over ``flops``, bytes of its
+    sparse products and of Adam's pass over all trained parameters over ``bandwidth``; times the steps of an epoch.
+    Sampling, gathering, softmaxes and whatever is not a product or Adam are not in it.
+    """
+    model.train()
+    model.begin_epoch(generator(0, "floor"))
+    batch = next(iter(epoch(split.train, batch_size=batch_size, negatives=model.negatives, rng=generator(0, "floor"))))
+    with Count() as count:
+        torch.stack(list(model.loss(batch).values())).sum().backward()
+    model.zero_grad(set_to_none=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = math.ceil(len(split.train) / batch_size)
+    return steps * (count.flops / flops + (count.bytes + ADAM * trained) / bandwidth)
+
+
+def _median(work: Callable[[], object], repeats: int) -> float:
+    taken = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])  # the first warms up
