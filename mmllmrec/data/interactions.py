@@ -240,6 +240,12 @@ class Interactions:
         return matrix
 
     @cached_property
+    def keys(self) -> np.ndarray:
+        """user * I + item of every event, ascending, (N,) int64: what is in it has been taken."""
+        users = np.repeat(np.arange(self.n_users), np.diff(self.csr.indptr))
+        return users * self.n_items + self.csr.indices
+
+    @cached_property
     def item_counts(self) -> np.ndarray:
         """Events an item has, (I,) int64."""
         return np.bincount(self.items, minlength=self.n_items)

@@ -127,7 +127,7 @@ def sample_negatives(
             return pool[rng.integers(0, len(pool), n)]
         return pool[np.searchsorted(cumulative, rng.random(n), side="right")]
 
-    known = np.sort(train.users * n_items + train.items)
+    known = train.keys
     owner = np.repeat(np.asarray(users, dtype=np.int64), k)
     drawn = draw(len(owner))
     todo = np.arange(len(owner))

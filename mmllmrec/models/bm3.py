@@ -19,6 +19,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.vectors import rows_of
 
 
 class BM3(MultimodalModel):
@@ -68,7 +69,7 @@ class BM3(MultimodalModel):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``bootstrap``: user and item; ``content``: modalities with the ID and with themselves; ``reg``."""
         users, items = self._online()
-        u, i = users[batch.users], items[batch.items]
+        u, i = rows_of(users, batch.users), rows_of(items, batch.items)
         to_users, to_items = self._target(u), self._target(i)
         boot = loss_functions.bootstrap
         terms = {"bootstrap": boot(self.predictor(u), to_items) + boot(self.predictor(i), to_users)}

@@ -23,6 +23,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.vectors import batch_rows
 
 TIME = 10  # width of a time step's embedding
 
@@ -166,8 +167,7 @@ class DiffMM(MultimodalModel):
         return total
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        assert batch.negatives is not None
-        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)
+        return batch_rows(batch, self.users.weight, self.items.weight)
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``contrast`` of modalities' views, and ``diffusion``."""

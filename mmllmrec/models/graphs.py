@@ -16,7 +16,7 @@ from mmllmrec import losses
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
-from mmllmrec.models.vectors import VectorModel
+from mmllmrec.models.vectors import VectorModel, batch_rows, rows_of
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Encoded:
 
     def pick(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         """Rows, as ``VectorModel.vectors`` gives them."""
-        return self.users[users], *(self.items[i] for i in items)
+        return rows_of(self.users, users), *(rows_of(self.items, i) for i in items)
 
 
 class EncodedModel(VectorModel):
@@ -82,7 +82,7 @@ class GraphModel(VectorModel):
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         all_users, all_items = self.graph(*self.own())
-        return all_users[users], *(all_items[i] for i in items)
+        return rows_of(all_users, users), *(rows_of(all_items, i) for i in items)
 
     def with_history(self, history: Interactions) -> Self:
         """The same weights on the graph of other events: a node new to it takes its neighbours' embeddings."""
@@ -104,5 +104,4 @@ class IDGraph(GraphModel):
     items: nn.Embedding
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        assert batch.negatives is not None
-        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)
+        return batch_rows(batch, self.users.weight, self.items.weight)

@@ -18,6 +18,7 @@ from mmllmrec.encoders.graph import Propagation, normalised_adjacency
 from mmllmrec.losses import l2
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import PrunedGraph
+from mmllmrec.models.vectors import batch_rows
 
 
 class LayerGCN(PrunedGraph):
@@ -61,5 +62,4 @@ class LayerGCN(PrunedGraph):
         return Encoded(users, items)
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        assert batch.negatives is not None
-        return self.users(batch.users), self.items(batch.items), self.items(batch.negatives)
+        return batch_rows(batch, self.users.weight, self.items.weight)

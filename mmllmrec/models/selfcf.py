@@ -16,6 +16,7 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
 from mmllmrec.models.graphs import Encoded, EncodedModel
+from mmllmrec.models.vectors import rows_of
 
 TARGETS = ("dropout", "history", "edges")
 
@@ -69,7 +70,7 @@ class SelfCF(EncodedModel):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``bootstrap``: both directions."""
         users, items = self.graph(*self.trained(self.users.weight, self.items.weight))
-        u, i = users[batch.users], items[batch.items]
+        u, i = rows_of(users, batch.users), rows_of(items, batch.items)
         to_users, to_items = self._targets(users, items, batch)
         value = loss_functions.bootstrap(self.predictor(u), to_items) + loss_functions.bootstrap(
             self.predictor(i), to_users
@@ -86,7 +87,7 @@ class SelfCF(EncodedModel):
                 kept.crow_indices(), kept.col_indices(), values, kept.shape, check_invariants=False
             )
             users, items = (thinned @ torch.cat([users, items])).split([self.n_users, self.n_items])
-        u, i = users[batch.users], items[batch.items]
+        u, i = rows_of(users, batch.users), rows_of(items, batch.items)
         if self.target == "dropout":
             return F.dropout(u, self.dropout), F.dropout(i, self.dropout)
         if self.target == "history":

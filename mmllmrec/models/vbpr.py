@@ -15,6 +15,7 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.content import ContentModel
+from mmllmrec.models.vectors import rows_of
 
 
 class VBPR(ContentModel):
@@ -55,20 +56,20 @@ class VBPR(ContentModel):
 
     def _items(self, items: Tensor | slice) -> Tensor:
         """Both halves of some items' embeddings, (...,) -> (..., 2D), and the bias with ``bias=True``."""
-        content, known = self.frozen[items], self.warm[items][..., None]
-        parts = [self.items.weight[items] * known, self.project(content)]
+        content, known = rows_of(self.frozen, items), self.warm[items][..., None]
+        parts = [rows_of(self.items.weight, items) * known, self.project(content)]
         if self.biases is not None and self.item_bias is not None:
             parts.append(self.item_bias[items][..., None] * known + self.biases(content))
         return torch.cat(parts, dim=-1)
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
-        rows = self.users.weight[users]
+        rows = rows_of(self.users.weight, users)
         rows = rows if self.biases is None else nn.functional.pad(rows, (0, 1), value=1.0)
         return rows, *(self._items(i) for i in items)
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
         # the user's last 1, which carries the biases, is no embedding
-        return self.users(batch.users), *rows[1:]
+        return rows_of(self.users.weight, batch.users), *rows[1:]
 
     def _folded(self, users: Tensor, items: Tensor) -> Tensor:
         if self.biases is None:

@@ -180,6 +180,20 @@ class VectorModel(Recommender):
         return torch.where(changed[:, None], means_of(self.history, items), users)
 
 
+def rows_of(table: Tensor, which: Tensor | slice) -> Tensor:
+    """``table[which]``: (N, D) and (...,) -> (..., D). Selected, not indexed: forward and backward take half as long on
+    a CPU, and the sums of the backward are the same."""
+    if isinstance(which, slice):
+        return table[which]
+    return table.index_select(0, which.flatten()).view(*which.shape, *table.shape[1:])
+
+
+def batch_rows(batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of a batch's users, items and negatives: (U, D), (I, D) -> (B, D), (B, D), (B, K, D)."""
+    assert batch.negatives is not None
+    return rows_of(users, batch.users), rows_of(items, batch.items), rows_of(items, batch.negatives)
+
+
 def _bpr(u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
     return losses.bpr((u * i).sum(-1), (u[:, None] * j).sum(-1), mask=mask)
 

@@ -169,6 +169,8 @@ def fit(
     # a process may hold no picture, or no word, in its share of a batch: what reads them has no gradient there
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     cpu = not torch.cuda.is_available()
+    # torch.manual_seed looks for accelerators every time, a tenth of a millisecond a step
+    reseed = torch.default_generator.manual_seed if cpu else torch.manual_seed
     accelerator = Accelerator(
         cpu=cpu, log_with=log_with, project_dir=place, kwargs_handlers=[unused] if model.modalities else []
     )
@@ -204,7 +206,9 @@ def fit(
     groups = [{k: v for k, v in g.items() if k != "name"} for g in named]
     first = [starts.get(g["name"], 0.0) * total for g in named]  # the step at which a group starts
     inner = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=not sharded)
-    loss_of, optimiser = accelerator.prepare(_Loss(learner), inner)
+    loss_of, wrapped = accelerator.prepare(_Loss(learner), inner)
+    # the wrapper is for float16's scaler; without one it only looks for a package on disk, twice a step, a millisecond
+    optimiser = inner if accelerator.scaler is None else wrapped
     checkpoint.set_moments(inner, moments)
     base = [group["lr"] for group in inner.param_groups]
     if log_with is not None:
@@ -260,7 +264,7 @@ def fit(
                 group["lr"] = full * factor(now, total, schedule, warmup) if now >= start else 0.0
                 waiting += group["params"] if now < start else []
             # what a model draws (dropout) depends on the step and the process, so a resumed run draws the same in each
-            torch.manual_seed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
+            reseed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
             held = len(range(rank, len(batch), world))
             share = replace(batch.share(rank, world), chunk=chunk).to(accelerator.device)
             # data-parallel hooks count on the gradients they were built for; one process can do without the backward
