@@ -142,6 +142,10 @@ def test_q4_says_what_each_fusion_finds_and_what_it_loses(asked, tmp_path, monke
     )
     assert list(answer.table(tables[2])) == ["noised image", "noised text", "noised sensor"]
     assert rows.TWIN not in answer.table(tables[2]).index
+    # a variant alone brings Unified, whose settings it takes; without the twin nothing is said of recovery
+    some = bench.q4(folder=tmp_path / "some", systems=["Unified, late only"], **asked)
+    assert {"Unified", "Unified, late only"} == {s for s in some.frame["system"] if s.startswith("Unified")}
+    assert some.value("Unified, late only", "cold") == answer.value("Unified, late only", "cold")
 
 
 def test_some_rows_of_a_question_bring_what_they_stand_on_and_the_claims_that_are_left(asked, tmp_path):

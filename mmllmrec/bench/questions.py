@@ -89,17 +89,18 @@ def _asked(make: Callable[[Setup], Question]) -> Callable[..., Answer]:
 
 
 def only(question: Question, systems: Sequence[str]) -> Question:
-    """A question of some of its rows, those they are built from, and the claims that are of these alone. Raises
-    ``DataError`` for a row that it does not have."""
+    """A question of some of its rows, those they are built from or whose settings they take, and the claims that are of
+    these alone. Raises ``DataError`` for a row that it does not have."""
     rows = {r.name: r for r in question.rows}
     unknown = [name for name in systems if name not in rows]
     if unknown or not systems:
         raise DataError(f"systems={list(systems)}: {unknown} are no rows of {question.name}; these are {list(rows)}")
     kept, left = set[str](), list(systems)
     while left:
-        name = left.pop()
-        kept.add(name)
-        left += [other for other in rows[name].after if other not in kept]
+        row = rows[left.pop()]
+        kept.add(row.name)
+        searched = [] if row.space else [r.name for r in rows.values() if r.search == row.search and r.space]
+        left += [other for other in (*row.after, *searched) if other not in kept]
     gone = rows.keys() - kept
     claims = []
     for claim in question.claims:
@@ -349,8 +350,8 @@ def q4(asked: Setup) -> Question:
     tables[f"{NDCG} on cold, knocked out at test"] = [Column(name, f"{name}, cold") for name in knocked]
 
     def more(split: Split, runs: Mapping[str, Any], seed: int) -> dict[str, list[float]]:
-        found = recovered(split, runs) if planted else {}
-        return found | knocked_out(split, {name: runs[name] for name in variants}, knocked, seed=seed)
+        found = recovered(split, runs) if TWIN in runs else {}
+        return found | knocked_out(split, {name: runs[name] for name in variants if name in runs}, knocked, seed=seed)
 
     return Question(
         "q4",

@@ -6,11 +6,12 @@ Legend: U users, I items, N = U + I nodes, E stored entries (two an event), D wi
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllmrec.data.interactions import DataError, Interactions
@@ -19,24 +20,63 @@ from mmllmrec.data.interactions import DataError, Interactions
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
+class CSR(NamedTuple):
+    """A sparse matrix (N, M): row starts (N + 1,), columns (E,), values (E,) and M, without a gradient."""
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    width: int
+
+    def tensor(self) -> Tensor:
+        """The same as PyTorch's sparse CSR tensor, over the same memory."""
+        shape = len(self.starts) - 1, self.width
+        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """(M, D) -> (N, D) in the values' dtype, also where autocast is on (a backward may run inside it).
+
+        On a CPU it is a bag of embeddings: of 237 thousand entries and 64 columns 1.5 ms on one thread, where the
+        product of PyTorch's CSR tensor takes 4.1 and of its COO tensor 11.8.
+        """
+        x = x.detach().to(self.values.dtype)
+        if x.is_cuda:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.tensor() @ x
+        if not len(self.columns):
+            return x.new_zeros(len(self.starts) - 1, x.shape[1])
+        rows, values = x.contiguous(), self.values
+        return F.embedding_bag(
+            self.columns, rows, self.starts, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+
+
 class _Product(torch.autograd.Function):
-    """A @ x whose backward is A^T @ g with the A^T given: the transposed copy that autograd would make is never
-    made."""
+    """(A + A^2 + ... + A^layers) x, ``own`` x beside it: a sum over layers, added up in place.
+
+    Its backward is the same of the A^T given: the transposed copy that autograd would make is never made, and the
+    layers between need not be kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
-        ctx.transposed = transposed
-        return _product(matrix, x)
+    def forward(ctx: Any, matrix: CSR, transposed: CSR, x: Tensor, layers: int, own: bool) -> Tensor:
+        ctx.of = transposed, layers, own
+        return _summed(matrix, x, layers, own)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, _product(ctx.transposed, grads[0])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None, None]:
+        transposed, layers, own = ctx.of
+        return None, None, _summed(transposed, grads[0], layers, own), None, None
 
 
-def _product(matrix: Tensor, x: Tensor) -> Tensor:
-    """matrix @ x in the matrix's dtype, also where autocast is on (a backward may run inside it)."""
-    with torch.autocast(x.device.type, enabled=False):
-        return matrix @ x.to(matrix.dtype)
+def _summed(matrix: CSR, x: Tensor, layers: int, own: bool) -> Tensor:
+    """(own + A + ... + A^layers) x, as x + A (x + A (x + ...))."""
+    total = x
+    for left in range(layers, 0, -1):
+        total = matrix @ total
+        if left > 1 or own:
+            total.add_(x)
+    return total
 
 
 class Propagation(nn.Module):
@@ -70,13 +110,14 @@ class Propagation(nn.Module):
         for name, part in parts.items():
             self.register_buffer(prefix + name, torch.from_numpy(part), persistent=False)
 
-    def _csr(self, prefix: str, shape: tuple[int, int]) -> Tensor:
+    def _csr(self, prefix: str, width: int) -> CSR:
         starts, columns, values = (self.get_buffer(prefix + name) for name in ("starts", "columns", "values"))
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+        return CSR(starts, columns, values, width)
 
-    def matrix(self) -> Tensor:
-        """The matrix as a sparse CSR tensor (N, M) over the same memory."""
-        return self._csr("", self.shape)
+    @property
+    def csr(self) -> CSR:
+        """The matrix (N, M), over the same memory."""
+        return self._csr("", self.shape[1])
 
     def sparse(self) -> sp.csr_matrix:
         """The matrix as SciPy has it, on the CPU."""
@@ -84,9 +125,15 @@ class Propagation(nn.Module):
         return sp.csr_matrix((values, columns, starts), shape=self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix = self.matrix()
-        back = matrix if self.symmetric else self._csr("back_", self.shape[::-1])
-        product: Tensor = _Product.apply(matrix, back, x.to(matrix.dtype))
+        return self._apply_sum(x, 1, own=False)
+
+    def layers_mean(self, x: Tensor, layers: int) -> Tensor:
+        """The mean of x, A x, ..., A^layers x: (N, D) -> (N, D), of a square matrix."""
+        return self._apply_sum(x, layers, own=True) / (layers + 1) if layers else x
+
+    def _apply_sum(self, x: Tensor, layers: int, *, own: bool) -> Tensor:
+        back = self.csr if self.symmetric else self._csr("back_", self.shape[0])
+        product: Tensor = _Product.apply(self.csr, back, x.to(back.values.dtype), layers, own)
         return product
 
 
@@ -143,12 +190,7 @@ class LightGraph(nn.Module):
 
     def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
         propagation = self.propagation if through is None else through
-        x = torch.cat([users, items])
-        total = x
-        for _ in range(self.layers):
-            x = propagation(x)
-            total = total + x
-        out_users, out_items = (total / (self.layers + 1)).split(self.sizes)
+        out_users, out_items = propagation.layers_mean(torch.cat([users, items]), self.layers).split(self.sizes)
         return out_users, out_items
 
 
@@ -197,14 +239,12 @@ class Edges(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.asarray(part, dtype=np.int64)), persistent=False)
         self.shape = train.n_users, train.n_items
 
-    def matrix(self, weights: Tensor, *, back: bool = False) -> Tensor:
+    def matrix(self, weights: Tensor, *, back: bool = False) -> CSR:
         """The weights as a sparse matrix, (U, I), or with ``back`` (I, U)."""
+        values = weights.detach()
         if back:
-            starts, columns, values = self.get_buffer("back_starts"), self.get_buffer("back_users"), weights[self.order]
-        else:
-            starts, columns, values = self.get_buffer("starts"), self.items, weights
-        shape = self.shape[::-1] if back else self.shape
-        return torch.sparse_csr_tensor(starts, columns, values.detach(), shape, check_invariants=False)
+            return CSR(self.get_buffer("back_starts"), self.get_buffer("back_users"), values[self.order], self.shape[0])
+        return CSR(self.get_buffer("starts"), self.items, values, self.shape[1])
 
     def to_users(self, weights: Tensor, items: Tensor) -> Tensor:
         """Each user's sum over its events e of weights_e items_e: (E,), (I, D) -> (U, D)."""

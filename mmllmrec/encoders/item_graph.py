@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.encoders.graph import CSR
 
 BLOCK = 1 << 22  # cells of a similarity matrix that are held at once (16 MiB)
 
@@ -154,16 +155,13 @@ class _WeightedSum(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weights = torch.stack([(grads[0] * x[near[:, k]]).sum(-1) for k in range(near.shape[1])], dim=1)
         if ctx.needs_input_grad[2]:
-            of_x = _rows(near, weights, len(x)).t() @ grads[0]
+            of_x = _rows(near, weights, len(x)).tensor().t() @ grads[0]
         return None, of_weights, of_x
 
 
-def _rows(near: Tensor, weights: Tensor, width: int) -> Tensor:
-    n, k = near.shape
-    starts = torch.arange(0, n * k + 1, k, device=near.device)
-    return torch.sparse_csr_tensor(
-        starts, near.flatten(), weights.detach().flatten(), (n, width), check_invariants=False
-    )
+def _rows(near: Tensor, weights: Tensor, width: int) -> CSR:
+    starts = torch.arange(0, near.numel() + 1, near.shape[1], device=near.device)
+    return CSR(starts, near.flatten(), weights.detach().flatten(), width)
 
 
 def weighted_sum(near: Tensor, weights: Tensor, x: Tensor) -> Tensor:

@@ -81,11 +81,8 @@ class SelfCF(EncodedModel):
         """What the batch's users and items are to be met as: (B, D), (B, D)."""
         users, items = users.detach(), items.detach()
         if self.target == "edges":
-            kept = self.graph.propagation.matrix()
-            values = F.dropout(self.graph.propagation.get_buffer("values"), self.dropout)
-            thinned = torch.sparse_csr_tensor(
-                kept.crow_indices(), kept.col_indices(), values, kept.shape, check_invariants=False
-            )
+            every = self.graph.propagation.csr
+            thinned = every._replace(values=F.dropout(every.values, self.dropout))
             users, items = (thinned @ torch.cat([users, items])).split([self.n_users, self.n_items])
         u, i = rows_of(users, batch.users), rows_of(items, batch.items)
         if self.target == "dropout":

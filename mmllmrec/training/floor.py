@@ -38,12 +38,17 @@ class Count(TorchDispatchMode):
         if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             one, other = args[:2] if packet in (aten.mm, aten.bmm) else args[1:3]
             if one.layout == torch.sparse_csr:
-                index = one.col_indices().element_size()
-                width = other.shape[-1] * other.element_size()
-                self.bytes += one.values().numel() * (index + one.element_size() + width) + one.shape[0] * width
+                self._sparse(one.values().numel(), one.col_indices().element_size(), other, one.shape[0])
             else:
                 self.flops += 2 * one.numel() * other.shape[-1]
+        elif packet in (aten._embedding_bag, aten._embedding_bag_forward_only):  # ``encoders.graph.CSR``
+            weight, columns, starts = args[:3]
+            self._sparse(columns.numel(), columns.element_size(), weight, len(starts) - 1)
         return result
+
+    def _sparse(self, entries: int, index: int, x: torch.Tensor, rows: int) -> None:
+        width = x.shape[-1] * x.element_size()
+        self.bytes += entries * (index + x.element_size() + width) + rows * width
 
 
 def rates(*, repeats: int = 5) -> tuple[float, float]:
