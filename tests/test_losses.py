@@ -183,6 +183,21 @@ def unit_rows(x):
     return [row / (row @ row).sqrt() for row in x]
 
 
+def test_the_softmax_of_factors_is_that_of_their_product(monkeypatch):
+    monkeypatch.setattr(losses.supervised, "BLOCK", 30)  # two rows and a rest of one at a time
+    torch.manual_seed(0)
+    queries, candidates = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (7, 11))
+    target = torch.tensor([3, 0, 10, 3, 5, 1, 3])
+    value = losses.matched_softmax(queries * 40, candidates, target)  # scores far apart
+    found = torch.autograd.grad(3 * value, (queries, candidates))
+    plain = losses.softmax(40 * queries @ candidates.T, target)
+    wanted = torch.autograd.grad(3 * plain, (queries, candidates))
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(DataError, match="matched_softmax: queries"):
+        losses.matched_softmax(queries, candidates[:, :4], target)
+
+
 def test_bootstrap_and_reconstruction_are_their_formulas_and_the_target_is_still():
     online, target = normal(B, D, seed=1), normal(B, D, seed=2)
     cosines = [a @ b for a, b in zip(unit_rows(online), unit_rows(target.detach()), strict=True)]

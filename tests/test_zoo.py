@@ -164,7 +164,8 @@ def test_mgcn_leaves_out_what_an_item_lacks(train, features):
     torch.manual_seed(0)
     model = models.MGCN(train, features=features, dim=D, neighbours=3)
     views, behaviour = torch.randn(U + N, 2, D, requires_grad=True), torch.randn(U + N, D)
-    side = model.fused(views, behaviour)
+    present = torch.cat([torch.ones(U, 2, dtype=torch.bool), torch.from_numpy(features.presence)])
+    side = model.fused(behaviour, views, present)
     (gradient,) = torch.autograd.grad((side**2).sum(), views)
     items = gradient[U:].abs().sum(-1) > 0
     assert items.tolist() == features.presence.tolist() and (gradient[:U].abs().sum(-1) > 0).all()
@@ -173,6 +174,21 @@ def test_mgcn_leaves_out_what_an_item_lacks(train, features):
     shared = w[0] * views[0, 0] + w[1] * views[0, 1]
     parts = [torch.sigmoid(model.preferences[m](behaviour[0])) * (views[0, m] - shared) for m in range(2)]
     torch.testing.assert_close(side[0], (shared + parts[0] + parts[1]) / 3)
+
+
+@pytest.mark.parametrize("name", ["MGCN", "SMORE"])
+@pytest.mark.parametrize("loss", ["bpr", "softmax"])
+def test_a_batch_is_fused_alone_to_the_same_loss_and_gradients(name, loss, train, features):
+    torch.manual_seed(0)
+    model = models.classes()[name](train, features=features, dim=D, neighbours=3, contrast_weight=0.5, loss=loss)
+    batch = batch_of(train, negatives=model.negatives, size=5)
+    every = model.encode()
+    found = []
+    for terms in (model.loss(batch), model.ranking(batch, every.pick) | model.auxiliary(batch, every)):
+        total = torch.stack(list(terms.values())).sum()
+        found.append((terms, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)))
+    assert set(found[0][0]) == set(found[1][0]) >= {loss, "contrast"}
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_lattice_learned_graph_is_its_dense_formula(train, features):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.losses.supervised import _wide
+from mmllmrec.losses.supervised import _wide, matched_softmax
 
 
 def info_nce(a: Tensor, b: Tensor, *, temperature: float | Tensor = 0.1, both_ways: bool = True) -> Tensor:
@@ -27,10 +27,12 @@ def info_nce(a: Tensor, b: Tensor, *, temperature: float | Tensor = 0.1, both_wa
     cosines give log N. Softmax in float32.
     """
     _alike("info_nce", a, b)
-    logits = F.normalize(_wide(a), dim=-1) @ F.normalize(_wide(b), dim=-1).T / temperature
+    first, second = F.normalize(_wide(a), dim=-1) / temperature, F.normalize(_wide(b), dim=-1)
     own = torch.arange(len(a), device=a.device)
-    one = F.cross_entropy(logits, own)
-    return (one + F.cross_entropy(logits.T, own)) / 2 if both_ways else one
+    if not both_ways:
+        return matched_softmax(first, second, own)
+    logits = first @ second.T
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def bootstrap(online: Tensor, target: Tensor) -> Tensor:

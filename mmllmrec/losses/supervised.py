@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mmllmrec.data.interactions import DataError
 
+BLOCK = 1 << 20  # scores that ``matched_softmax`` holds at once (4 MiB)
+
 
 def bce(positive: Tensor, negative: Tensor) -> Tensor:
     """Binary cross-entropy, pointwise: a positive is a yes, each of its negatives a no, and every pair counts alike.
@@ -106,6 +108,45 @@ def softmax(scores: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Te
         keep = F.one_hot(target, logits.shape[1]).bool()
         logits = logits.masked_fill(mask & ~keep, float("-inf"))
     return F.cross_entropy(logits, target)
+
+
+class _Matched(torch.autograd.Function):
+    """``matched_softmax``: a block of rows at a time, whose gradients are computed while its scores are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
+        of_queries, of_candidates = torch.empty_like(queries), torch.zeros_like(candidates)
+        total = queries.new_zeros(())
+        with torch.autocast(queries.device.type, enabled=False):
+            for rows in torch.arange(len(queries), device=queries.device).split(max(BLOCK // len(candidates), 1)):
+                part, own = queries[rows], target[rows, None]
+                each = F.log_softmax(part @ candidates.T, dim=1)
+                total -= each.gather(1, own).sum()
+                each = each.exp_().scatter_add_(1, own, each.new_full(own.shape, -1.0))
+                of_queries[rows] = each @ candidates
+                of_candidates.addmm_(each.T, part)
+        ctx.save_for_backward(of_queries, of_candidates)
+        return total / len(queries)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        of_queries, of_candidates = ctx.saved_tensors
+        share = grads[0] / len(of_queries)
+        return of_queries * share, of_candidates * share, None
+
+
+def matched_softmax(queries: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
+    """``softmax(queries @ candidates.T, target)`` of factors, of which the (B, C) scores are never held at once.
+
+    (B, D), (C, D), (B,) int64 in 0..C-1 -> (). Has a gradient, and none of its gradient; in float32.
+
+    >>> round(matched_softmax(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 3])).item(), 4)  # log 4
+    1.3863
+    """
+    if queries.ndim != 2 or candidates.shape[1:] != queries.shape[1:] or target.shape != queries.shape[:1]:
+        shapes = f"queries {tuple(queries.shape)}, candidates {tuple(candidates.shape)}, target {tuple(target.shape)}"
+        raise DataError(f"matched_softmax: {shapes}; expected (B, D), (C, D), (B,)")
+    return cast(Tensor, _Matched.apply(_wide(queries), _wide(candidates), target))
 
 
 def l2(*embeddings: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class DiffMM(MultimodalModel):
         terms = {}
         if self.contrast_weight and len(encoded.parts) > 1:
             each = [
-                self.two_views(one, other, batch, temperature=self.temperature)
+                self.two_views(one, other, encoded.distinct(batch), temperature=self.temperature)
                 for one, other in combinations(encoded.parts.values(), 2)
             ]
             terms["contrast"] = self.contrast_weight * torch.stack(each).sum()

@@ -6,6 +6,7 @@ Legend: U users, I items, D width, K layers.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -21,16 +22,28 @@ from mmllmrec.models.vectors import VectorModel, batch_rows, rows_of
 
 @dataclass
 class Encoded:
-    """Vectors of all users (U, D) and items (I, D), and ``parts``: what else a step of training needs of the same
-    pass."""
+    """Vectors of all users (U, D) and items (I, D), and ``parts``: what else a step of training needs of the same pass.
+
+    ``places``: which row is whose, (U,) and (I,), where only some are held, those of a batch; None where all are.
+    """
 
     users: Tensor
     items: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    places: tuple[Tensor, Tensor] | None = None
 
     def pick(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         """Rows, as ``VectorModel.vectors`` gives them."""
+        if self.places is not None:
+            users, items = self.places[0][users], tuple(self.places[1][i] for i in items)
         return rows_of(self.users, users), *(rows_of(self.items, i) for i in items)
+
+    def distinct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where the batch's distinct users, and its distinct items, are in the rows of ``parts``, users first."""
+        users, items = batch.users.unique(), batch.items.unique()
+        if self.places is not None:
+            users, items = self.places[0][users], self.places[1][items]
+        return users, items + len(self.users)
 
 
 class EncodedModel(VectorModel):
@@ -47,12 +60,12 @@ class EncodedModel(VectorModel):
         """Further named terms of a batch, already weighted."""
         return {}
 
-    def two_views(self, one: Tensor, other: Tensor, batch: Batch, *, temperature: float) -> Tensor:
-        """InfoNCE of the batch's distinct nodes, ``one`` against ``other`` (both (N, D), users first), one way; users
-        and items apart, added up: a scalar."""
+    def two_views(self, one: Tensor, other: Tensor, nodes: Sequence[Tensor], *, temperature: float) -> Tensor:
+        """InfoNCE of some nodes, ``one`` against ``other`` (both (N, D), users first), one way; those of each list
+        apart (``Encoded.distinct``), added up: a scalar."""
         terms = [
-            losses.info_nce(one[nodes], other[nodes], temperature=temperature, both_ways=False)
-            for nodes in (batch.users.unique(), batch.items.unique() + self.n_users)
+            losses.info_nce(rows_of(one, some), rows_of(other, some), temperature=temperature, both_ways=False)
+            for some in nodes
         ]
         return torch.stack(terms).sum()
 

@@ -103,6 +103,6 @@ class LGMRec(MultimodalModel):
         terms = []
         for one, other in combinations(encoded.parts.values(), 2):
             for rows, nodes in ((slice(0, self.n_users), batch.users), (slice(self.n_users, None), batch.items)):
-                anchors, candidates = unit(one[rows][nodes]), unit(other[rows])
-                terms.append(losses.softmax(anchors @ candidates.T / self.temperature, nodes))
+                anchors = unit(one[rows][nodes]) / self.temperature
+                terms.append(losses.matched_softmax(anchors, unit(other[rows]), nodes))
         return {"contrast": self.contrast_weight * torch.stack(terms).sum()}

@@ -107,7 +107,7 @@ class MENTOR(ModalModel):
             apart = [(a.mean() - b.mean()).abs() + (a.var() - b.var()).abs() for a, b in combinations(views, 2)]
             terms["align"] = self.align_weight * torch.stack(apart).sum()
         if self.graph_weight and "one" in parts:
-            value = self.two_views(parts["one"], parts["other"], batch, temperature=self.temperature)
+            value = self.two_views(parts["one"], parts["other"], encoded.distinct(batch), temperature=self.temperature)
             terms["graph"] = self.graph_weight * value
         if self.mask_weight:
             fused = parts["fused"][nodes]

@@ -5,25 +5,19 @@ Legend: U users, I items, N = U + I nodes, M modalities, D width, F_m width of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
-from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import masked_softmax
-from mmllmrec.losses import l2
 from mmllmrec.models.base import arguments
-from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import MultimodalModel, side_contrast
+from mmllmrec.models.multimodal import SideModel
 
 
-class MGCN(MultimodalModel):
+class MGCN(SideModel):
     """Purified content on item graphs, behaviour on the user-item graph, and a fuser that behaviour steers.
 
     Yu et al. 2023 (arXiv 2308.03588). E_m = S_m (Q * sigmoid(G_m W_m x_m)): the IDs, gated by content, over the graph
@@ -35,10 +29,6 @@ class MGCN(MultimodalModel):
     there. Departures: features are frozen (``trained_features=True`` trains the tables, as published); nodes are
     de-duplicated before the contrast.
     """
-
-    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
-    graphs = "modal"
-    weighted = True
 
     def __init__(
         self,
@@ -63,21 +53,16 @@ class MGCN(MultimodalModel):
         self.attention = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias=False))
         self.events = Propagation(normalised_events(train))
 
-    def encode(self) -> Encoded:
+    def spread(self) -> tuple[Tensor, Tensor]:
         ids = self.ids()
         behaviour = torch.cat(self.graph(*ids))
         views = []
         for told, gate, graph in zip(self.through(self.maps), self.purifiers, self.modal_graphs, strict=True):
             items = graph(ids[1] * torch.sigmoid(gate(told)))
             views.append(torch.cat([self.events(items), items]))
-        side = self.fused(torch.stack(views, dim=1), behaviour)
-        users, items = (behaviour + side).split([self.n_users, self.n_items])
-        return Encoded(users, items, {"behaviour": behaviour, "side": side})
+        return behaviour, torch.stack(views, dim=1)
 
-    def fused(self, views: Tensor, behaviour: Tensor) -> Tensor:
-        """Side vectors of all nodes: (N, M, D), (N, D) -> (N, D)."""
-        everyone = torch.ones(self.n_users, len(self.modalities), dtype=torch.bool, device=views.device)
-        present = torch.cat([everyone, self.all_present()])
+    def fused(self, behaviour: Tensor, views: Tensor, present: Tensor) -> Tensor:
         weights = masked_softmax(self.attention(views)[..., 0], present)
         shared = (weights[..., None] * views).sum(dim=1)
         specific = [
@@ -85,7 +70,3 @@ class MGCN(MultimodalModel):
             for m, preference in enumerate(self.preferences)
         ]
         return (shared + torch.stack(specific).sum(dim=0)) / (len(specific) + 1)
-
-    def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
-        """``contrast``: what content says of a node, and what behaviour says."""
-        return side_contrast(self, batch, encoded)

@@ -5,6 +5,7 @@ Legend: B batch, U users, I items, N = U + I nodes, M modalities, D width, F_m w
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.losses import l2
 from mmllmrec.models.content import ContentModel
 from mmllmrec.models.graphs import Encoded, EncodedModel
+from mmllmrec.models.vectors import rows_of
 
 
 class MultimodalModel(EncodedModel, ContentModel):
@@ -241,13 +243,63 @@ class PrunedGraph(EncodedModel):
         return sampled  # type: ignore[no-any-return]
 
 
+class SideModel(MultimodalModel):
+    """Vectors are ``behaviour`` plus ``side``, which ``fused`` makes of each node's own rows: MGCN, SMORE.
+
+    What no graph follows is computed for the nodes of a batch alone: (behaviour + side) of a step's users, positives
+    and negatives is the same as that of all nodes, cut to them. A subclass defines ``spread`` and ``fused``.
+    """
+
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
+    graphs = "modal"
+    weighted = True
+
+    @abstractmethod
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """What graphs make of IDs and content, for all nodes: behaviour (N, D), views (N, V, D)."""
+
+    @abstractmethod
+    def fused(self, behaviour: Tensor, views: Tensor, present: Tensor) -> Tensor:
+        """Side vectors of some nodes: (n, D), (n, V, D), (n, M) bool -> (n, D)."""
+
+    def encode(self) -> Encoded:
+        everyone = torch.arange(self.n_users + self.n_items, device=self.known.device)
+        return self._encoded(everyone[: self.n_users], everyone[: self.n_items])
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        items = [batch.items, batch.pool, *([] if batch.negatives is None else [batch.negatives.flatten()])]
+        some = batch.users.unique(), torch.cat(items).unique()  # type: ignore[arg-type]
+        encoded = self._encoded(*some)
+        for known, size in zip(some, (self.n_users, self.n_items), strict=True):
+            place = known.new_full((size,), -1)
+            place[known] = torch.arange(len(known), device=known.device)
+            encoded.places = (place,) if encoded.places is None else (*encoded.places, place)  # type: ignore[assignment]
+        return self.ranking(batch, encoded.pick) | self.auxiliary(batch, encoded)
+
+    def _encoded(self, users: Tensor, items: Tensor) -> Encoded:
+        behaviour, views = self.spread()
+        whole = len(users) == self.n_users and len(items) == self.n_items
+        if not whole:
+            nodes = torch.cat([users, items + self.n_users])
+            behaviour, views = rows_of(behaviour, nodes), rows_of(views, nodes)
+        everything = torch.ones(len(users), len(self.modalities), dtype=torch.bool, device=users.device)
+        side = self.fused(behaviour, views, torch.cat([everything, self.all_present()[items]]))
+        first, second = (behaviour + side).split([len(users), len(items)])
+        return Encoded(first, second, {"behaviour": behaviour, "side": side})
+
+    def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
+        """``contrast``: what content says of a node, and what behaviour says."""
+        return side_contrast(self, batch, encoded)
+
+
 def side_contrast(model: MultimodalModel, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
     """InfoNCE of the batch's distinct nodes, ``side`` against ``behaviour``, one way, users and items apart."""
     weight = float(model.config["contrast_weight"])
     if not weight:
         return {}
     side, behaviour = encoded.parts["side"], encoded.parts["behaviour"]
-    value = model.two_views(side, behaviour, batch, temperature=float(model.config["temperature"]))
+    temperature = float(model.config["temperature"])
+    value = model.two_views(side, behaviour, encoded.distinct(batch), temperature=temperature)
     return {"contrast": weight * value}
 
 

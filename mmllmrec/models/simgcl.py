@@ -69,4 +69,6 @@ class SimGCL(EncodedModel):
         if not self.weight or not encoded.parts:
             return {}
         one, other = encoded.parts["one"], encoded.parts["other"]
-        return {"contrast": self.weight * self.two_views(one, other, batch, temperature=self.temperature)}
+        return {
+            "contrast": self.weight * self.two_views(one, other, encoded.distinct(batch), temperature=self.temperature)
+        }

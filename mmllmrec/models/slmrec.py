@@ -77,7 +77,7 @@ class SLMRec(MultimodalModel):
         for column, (m, space, into) in enumerate(zip(self.modalities, self.spaces, self.into, strict=True)):
             x = space(x)
             here = self.present(m)[items]
-            logits = x[here] @ into(channels[column + 1][here]).T / self.temperature
-            own = torch.arange(len(logits), device=logits.device)
-            terms.append(loss_functions.softmax(logits, own) if len(own) else logits.sum())
+            one, other = x[here] / self.temperature, into(channels[column + 1][here])
+            own = torch.arange(len(one), device=one.device)
+            terms.append(loss_functions.matched_softmax(one, other, own) if len(own) else one.sum() + other.sum())
         return {"alignment": self.alignment_weight * torch.stack(terms).sum()}

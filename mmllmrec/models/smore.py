@@ -5,9 +5,7 @@ Legend: U users, I items, N = U + I nodes, M modalities, D width, F_m width of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +13,10 @@ from torch import Tensor, nn
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
-from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.features.table import FeatureTable
-from mmllmrec.losses import l2
 from mmllmrec.models.base import arguments
-from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import MultimodalModel, side_contrast
+from mmllmrec.models.multimodal import SideModel
 
 
 class SpectralFilter(nn.Module):
@@ -38,7 +33,7 @@ class SpectralFilter(nn.Module):
         return torch.fft.irfft(spectrum * torch.view_as_complex(self.kernel), n=self.dim, norm="ortho")
 
 
-class SMORE(MultimodalModel):
+class SMORE(SideModel):
     """Denoised by a filter a modality, fused by the product of spectra, and weighed by what behaviour prefers.
 
     Ong and Khong 2025 (arXiv 2412.14978). y_m = rfft(W_m x_m + b_m); B_m = irfft(y_m * K_m), B_f = irfft(product of all
@@ -50,10 +45,6 @@ class SMORE(MultimodalModel):
     view there, and a product of spectra is of those it has. Departures: features are frozen (``trained_features=True``
     trains the tables, as published); nodes are de-duplicated before the contrast.
     """
-
-    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
-    graphs = "modal"
-    weighted = True
 
     def __init__(
         self,
@@ -89,7 +80,7 @@ class SMORE(MultimodalModel):
         first, *rest = (graph.sparse() for graph in self.modal_graphs)  # type: ignore[operator]
         self.fused_graph = Propagation(reduce(lambda a, b: a.maximum(b), rest, first))
 
-    def encode(self) -> Encoded:
+    def spread(self) -> tuple[Tensor, Tensor]:
         ids = self.ids()
         behaviour = torch.cat(self.graph(*ids))
         present = self.all_present()
@@ -104,17 +95,13 @@ class SMORE(MultimodalModel):
         ):
             items = graph(ids[1] * torch.sigmoid(gate(shape(spectrum))) * here[:, None])
             views.append(torch.cat([self.events(items), items]))
-        fused = views.pop()
-        views = [torch.softmax(query(fused), dim=-1) * view for query, view in zip(self.queries, views, strict=True)]
-        side = torch.stack(
-            [
-                F.dropout(torch.sigmoid(preference(behaviour)), self.dropout, self.training) * view
-                for preference, view in zip(self.preferences, [*views, fused], strict=True)
-            ]
-        ).mean(dim=0)
-        users, items = (behaviour + side).split([self.n_users, self.n_items])
-        return Encoded(users, items, {"behaviour": behaviour, "side": side})
+        return behaviour, torch.stack(views, dim=1)
 
-    def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
-        """``contrast``: what content says of a node, and what behaviour says."""
-        return side_contrast(self, batch, encoded)
+    def fused(self, behaviour: Tensor, views: Tensor, present: Tensor) -> Tensor:
+        *each, whole = views.unbind(dim=1)
+        each = [torch.softmax(query(whole), dim=-1) * view for query, view in zip(self.queries, each, strict=True)]
+        heeded = [
+            F.dropout(torch.sigmoid(preference(behaviour)), self.dropout, self.training) * view
+            for preference, view in zip(self.preferences, [*each, whole], strict=True)
+        ]
+        return torch.stack(heeded).mean(dim=0)
