@@ -471,6 +471,24 @@ def bench_train(
     print(f"run card: {folder / 'card.json'}")
 
 
+@bench_app.command("growth")
+def bench_growth(
+    events: Annotated[list[int] | None, typer.Option(min=10_000, help="160000, 1600000, 16000000 if not given")] = None,
+    systems: Annotated[list[str] | None, typer.Option("--system", help="BPR, LightGCN, FREEDOM if not given")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
+    folder: Cards = Path("runs/growth"),
+) -> None:
+    """Seconds and memory of an epoch per event, on planted sets of ever more events; a quarter of an hour, 24 GiB.
+
+    Example: [bold]mmllmrec bench growth --events 160000 --events 1600000[/bold]
+    """
+    from mmllmrec.training.growth import EVENTS, SYSTEMS, growth
+
+    named = {"events": tuple(events or EVENTS), "systems": tuple(systems or SYSTEMS)}
+    _show(growth(**named, threads=threads, folder=folder), "growth, the least of two epochs")  # type: ignore[arg-type]
+    print(f"run card: {folder / 'card.json'}")
+
+
 @bench_app.command("backbone")
 def bench_backbone(
     repeats: Repeats = 5,

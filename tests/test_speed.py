@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mmllmrec import models
+from mmllmrec.data import splits
 from mmllmrec.data.interactions import DataError
 from mmllmrec.evaluation.speed import speed as evaluator_speed
 from mmllmrec.runcard import RunCard, peak_memory_mb
-from mmllmrec.training import floor, throughput
+from mmllmrec.training import floor, growth, throughput
 from mmllmrec.training import speed as bench
 
 SMALL = {"users": 307, "items": 211, "events": 1511, "widths": (37, 13)}
@@ -131,6 +132,24 @@ def test_a_peer_stands_beside_ours_by_its_own_clock(tmp_path):
         )
         assert table.loc[system, bench.RANKS] == pytest.approx(pair * scale / table.loc[system, bench.PAIR], rel=0.02)
     assert table[bench.FASTER].isna()[["ItemKNN", bench.ANCHOR]].all()
+
+
+def test_growth_is_measured_per_event_and_beside_the_smallest(tmp_path):
+    data, parts = growth.grown(events=10_000)
+    train = splits.given(data).train
+    assert len(train) == 10_000 and train.user_counts.min() >= 3 and (parts == splits.VALID).sum() == 1250
+    counts = np.sort(train.item_counts)[::-1]
+    assert counts[: len(counts) // 10].sum() > 0.25 * counts.sum()
+    table = growth.growth(events=(10_000, 20_000), systems=["BPR"], epochs=1, threads=1, folder=tmp_path)
+    assert table[growth.FLAT].tolist()[0] == table[growth.FLAT_BYTES].tolist()[0] == 1
+    rate = table[growth.EPOCH] / table["events"] * 1e6
+    np.testing.assert_allclose(table[growth.PER_EVENT], rate, rtol=0.1)
+    card = RunCard.load(tmp_path / "card.json")
+    assert [m["batch"] for m in card.metrics.values()] == [173, 345] and "BPR" in (tmp_path / "table.txt").read_text()
+    with pytest.raises(DataError, match="unknown system 'SVD'"):
+        growth.growth(systems=["SVD"])
+    with pytest.raises(DataError, match="sizes of 10,000 or more"):
+        growth.growth(events=[10])
 
 
 def test_every_system_is_timed(monkeypatch):

@@ -124,7 +124,8 @@ def speed(
     for s in chosen:
         clock = theirs[s]["clock"] if s in theirs else None
         asked = {"system": s, "size": size, "repeats": repeats, "processor": clock == "1C", "minutes": minutes}
-        found[s] = _apart(asked, threads if clock is None else {"2T": 2, "1C": 1}[clock])
+        limit = threads if clock is None else {"2T": 2, "1C": 1}[clock]
+        found[s] = apart("mmllmrec.training.speed", asked, s, limit)
     for s, row in theirs.items():
         if s in found:
             scale = found[ANCHOR][BUILD] / ANCHOR_PEER
@@ -288,14 +289,14 @@ def _peers(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _apart(asked: dict[str, Any], threads: int | None) -> dict[str, Any]:
-    """``measure`` in a process of its own, for a peak never falls; its progress bar shows through."""
-    command = [sys.executable, "-m", "mmllmrec.training.speed", json.dumps(asked)]
+def apart(module: str, asked: dict[str, Any], what: str, threads: int | None) -> dict[str, Any]:
+    """A module's ``measure`` in a process of its own, for a peak never falls; its progress bar shows through."""
+    command = [sys.executable, "-m", module, json.dumps(asked)]
     libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     limit = {} if threads is None else dict.fromkeys(libraries, str(threads))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | limit)
     if done.returncode:
-        raise RuntimeError(f"{asked['system']}: its process ended with code {done.returncode}, see above")
+        raise RuntimeError(f"{what}: its process ended with code {done.returncode}, see above")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
