@@ -220,6 +220,9 @@ for folder in ("notebooks/cards/q3", "notebooks/cards/q3-lastfm"):
 # thousand numbers, trained from nothing on the same events, finds the taste for it. What it can add is bounded by what
 # people care for: a few hundredths of their utility here. An item that lacks a sense is scored by the others, and the
 # curve bends rather than breaks.
+#
+# On Last.fm, the last table, what an encoder of sound says of an artist adds nothing to the words that listeners found
+# for the music, and new artists are ranked a little worse with it.
 
 # %%
 assert lengths[0, 1] == 0.0 and (lengths[1:] > 0).all(), "a missing channel is left out"

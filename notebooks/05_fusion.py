@@ -193,8 +193,9 @@ left.T.round(4)
 # `mmllmrec bench q4`:
 
 # %%
-card = Path("notebooks/cards/q4/table.txt")
-print(card.read_text(encoding="utf-8") if card.is_file() else "not measured yet")
+for folder in ("notebooks/cards/q4", "notebooks/cards/q4-atelier-b", "notebooks/cards/q4-lastfm"):
+    card = Path(folder) / "table.txt"
+    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
 
 # %% [markdown]
 # **What it means.** Late fusion finds what each modality says and, but for what leaks through its normalisation, is
