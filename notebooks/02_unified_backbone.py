@@ -272,8 +272,8 @@ for folder in ("notebooks/cards/q1", "notebooks/cards/q1-atelier-b", "notebooks/
 # in the neighbours: likeness comes to mean what people choose by.
 #
 # The last table is of recorded data, and says that this is no law: on eleven hundred artists with names and tags,
-# training the towers adds nothing to the same head over frozen features, and towers of random weights do as well. There,
-# words need to be told apart rather than understood. Ask `TwoStage` before you train.
+# training the towers adds nothing to the same head over frozen features, and towers of random weights do as well.
+# There, words need to be told apart rather than understood. Ask `TwoStage` before you train.
 
 # %%
 assert difference < 1e-4, "saved = loaded"
