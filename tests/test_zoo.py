@@ -56,6 +56,9 @@ def test_computed_edges_are_their_dense_formulas(train):
     ours = edges.softmax(logits)
     torch.testing.assert_close(ours[0], over_items)
     torch.testing.assert_close(ours[1], over_users)
+    dots, naive = edges.dots(users, items), (users @ items.T)[edges.users, edges.items]
+    torch.testing.assert_close(dots, naive)
+    torch.testing.assert_close(*(torch.autograd.grad((x**3).sum(), (users, items)) for x in (dots, naive)))
     weight = torch.zeros(U, N, dtype=torch.float64).index_put((edges.users, edges.items), ours[0])
     for mine, naive in (
         (edges.to_users(ours[0], items), weight @ items),
@@ -176,18 +179,21 @@ def test_mgcn_leaves_out_what_an_item_lacks(train, features):
     torch.testing.assert_close(side[0], (shared + parts[0] + parts[1]) / 3)
 
 
-@pytest.mark.parametrize("name", ["MGCN", "SMORE"])
+@pytest.mark.parametrize(
+    "name, own", [("MGCN", "contrast"), ("SMORE", "contrast"), ("SLMRec", "alignment")], ids=lambda x: x
+)
 @pytest.mark.parametrize("loss", ["bpr", "softmax"])
-def test_a_batch_is_fused_alone_to_the_same_loss_and_gradients(name, loss, train, features):
+def test_a_batch_is_fused_alone_to_the_same_loss_and_gradients(name, own, loss, train, features):
     torch.manual_seed(0)
-    model = models.classes()[name](train, features=features, dim=D, neighbours=3, contrast_weight=0.5, loss=loss)
+    weight = {f"{own}_weight": 0.5}
+    model = models.classes()[name](train, features=features, dim=D, loss=loss, **weight)
     batch = batch_of(train, negatives=model.negatives, size=5)
     every = model.encode()
     found = []
     for terms in (model.loss(batch), model.ranking(batch, every.pick) | model.auxiliary(batch, every)):
         total = torch.stack(list(terms.values())).sum()
         found.append((terms, torch.autograd.grad(total, list(model.parameters()), allow_unused=True)))
-    assert set(found[0][0]) == set(found[1][0]) >= {loss, "contrast"}
+    assert set(found[0][0]) == set(found[1][0]) >= {loss, own}
     torch.testing.assert_close(found[0], found[1])
 
 

@@ -38,12 +38,24 @@ class Encoded:
             users, items = self.places[0][users], tuple(self.places[1][i] for i in items)
         return rows_of(self.users, users), *(rows_of(self.items, i) for i in items)
 
+    def held(self, users: Tensor, items: Tensor, sizes: tuple[int, int]) -> Self:
+        """The same, told whose rows it has: distinct users and items, of so many in all."""
+        places = []
+        for some, size in zip((users, items), sizes, strict=True):
+            place = some.new_full((size,), -1)
+            place[some] = torch.arange(len(some), device=some.device)
+            places.append(place)
+        self.places = places[0], places[1]
+        return self
+
     def distinct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Where the batch's distinct users, and its distinct items, are in the rows of ``parts``, users first."""
-        users, items = batch.users.unique(), batch.items.unique()
-        if self.places is not None:
-            users, items = self.places[0][users], self.places[1][items]
-        return users, items + len(self.users)
+        users, items = batch.users.unique(), self.where_items(batch.items.unique())
+        return users if self.places is None else self.places[0][users], items + len(self.users)
+
+    def where_items(self, items: Tensor) -> Tensor:
+        """Which rows of ``items`` these are."""
+        return items if self.places is None else self.places[1][items]
 
 
 class EncodedModel(VectorModel):
@@ -68,6 +80,11 @@ class EncodedModel(VectorModel):
             for some in nodes
         ]
         return torch.stack(terms).sum()
+
+    def ends(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The distinct users and the distinct items, negatives and the pool among them, that a step's loss reads."""
+        items = [batch.items, *(x.flatten() for x in (batch.pool, batch.negatives) if x is not None)]
+        return batch.users.unique(), torch.cat(items).unique()
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         return self.encode().pick(users, *items)

@@ -65,8 +65,8 @@ class GRCN(MultimodalModel):
             f = unit(F.leaky_relu(layer(self.rows(m)))) * self.present(m)[:, None]
             p = unit(preference) * self.known[:, None]
             for _ in range(self.routing):
-                p = unit(p + edges.to_users(edges.softmax(self._affinity(p, f))[0], f))
-            of_users, of_items = edges.softmax(self._affinity(p, f))
+                p = unit(p + edges.to_users(edges.softmax(edges.dots(p, f))[0], f))
+            of_users, of_items = edges.softmax(edges.dots(p, f))
             contents.append(torch.cat([p + edges.to_users(of_users, f), f + edges.to_items(of_items, p)]))
             to_users.append(of_users)
             to_items.append(of_items)
@@ -83,10 +83,6 @@ class GRCN(MultimodalModel):
         whole = torch.cat([torch.cat([total_users, total_items]), *contents], dim=1)
         users, items = whole.split([self.n_users, self.n_items])
         return Encoded(users, items)
-
-    def _affinity(self, users: Tensor, items: Tensor) -> Tensor:
-        """Inner products of both ends of every event: (U, D), (I, D) -> (E,)."""
-        return (users[self.edges.users] * items[self.edges.items]).sum(-1)
 
     def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
         terms = {self.loss_name: self.ranked(batch, vectors)}

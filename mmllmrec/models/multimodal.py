@@ -267,13 +267,8 @@ class SideModel(MultimodalModel):
         return self._encoded(everyone[: self.n_users], everyone[: self.n_items])
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        items = [batch.items, batch.pool, *([] if batch.negatives is None else [batch.negatives.flatten()])]
-        some = batch.users.unique(), torch.cat(items).unique()  # type: ignore[arg-type]
-        encoded = self._encoded(*some)
-        for known, size in zip(some, (self.n_users, self.n_items), strict=True):
-            place = known.new_full((size,), -1)
-            place[known] = torch.arange(len(known), device=known.device)
-            encoded.places = (place,) if encoded.places is None else (*encoded.places, place)  # type: ignore[assignment]
+        some = self.ends(batch)
+        encoded = self._encoded(*some).held(*some, (self.n_users, self.n_items))
         return self.ranking(batch, encoded.pick) | self.auxiliary(batch, encoded)
 
     def _encoded(self, users: Tensor, items: Tensor) -> Encoded:

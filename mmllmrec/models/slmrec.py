@@ -18,6 +18,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.vectors import rows_of
 
 
 class SLMRec(MultimodalModel):
@@ -59,12 +60,21 @@ class SLMRec(MultimodalModel):
             nn.init.xavier_uniform_(layer.weight)
 
     def encode(self) -> Encoded:
+        return self._encoded(slice(None), slice(None))
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        some = self.ends(batch)  # no graph follows what joins the channels: the batch's nodes are enough
+        encoded = self._encoded(*some).held(*some, (self.n_users, self.n_items))
+        return self.ranking(batch, encoded.pick) | self.auxiliary(batch, encoded)
+
+    def _encoded(self, some_users: Tensor | slice, some_items: Tensor | slice) -> Encoded:
         users, items = self.ids()
         each = [items, *self.through(self.maps)]
         # one product for all channels: side by side they are as wide as all of them together
         out_users, out_items = self.graph(users.repeat(1, len(each)), torch.cat(each, dim=1))
+        out_users, out_items = rows_of(out_users, some_users), rows_of(out_items, some_items)
         channels = torch.stack(out_items.split(self.dim, dim=1))
-        joined = self.join_users(out_users) * self.known[:, None], self.join_items(out_items)
+        joined = self.join_users(out_users) * self.known[some_users, None], self.join_items(out_items)
         return Encoded(*joined, {"channels": channels})
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
@@ -72,7 +82,7 @@ class SLMRec(MultimodalModel):
         if not self.alignment_weight:
             return {}
         items = batch.items.unique()
-        channels = encoded.parts["channels"][:, items]
+        channels = encoded.parts["channels"][:, encoded.where_items(items)]
         x, terms = channels[0], []
         for column, (m, space, into) in enumerate(zip(self.modalities, self.spaces, self.into, strict=True)):
             x = space(x)
