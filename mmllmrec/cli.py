@@ -564,6 +564,28 @@ def bench_parity(
         _show(table, "beside the peer")
 
 
+@bench_app.command("ablations")
+def bench_ablations(
+    data: Annotated[str, typer.Option("--data", help="a dataset's name")] = "lastfm-2k",
+    path: At = None,
+    kind: Kind = "random_per_user",
+    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
+    seeds: Seeds = 3,
+    folder: Folder = Path("runs/ablations"),
+) -> None:
+    """Each system of the literature at its published setting, with and without its own idea; hours.
+
+    Example: [bold]mmllmrec bench ablations --system FREEDOM --system MGCN[/bold]
+    """
+    from mmllmrec import bench
+    from mmllmrec.bench.ablations import OFF
+
+    asked = {"data": data, "path": path, "kind": kind, "seeds": seeds, "folder": folder}
+    summary, table = bench.ablations(**asked, systems=systems or tuple(OFF))  # type: ignore[arg-type]
+    print(summary)
+    _show(table, "without its own idea")
+
+
 Asked = Annotated[str, typer.Option("--data", help="atelier, atelier-b, movielens-small or lastfm-2k")]
 Trials = Annotated[int, typer.Option(min=1, help="settings tried of every row, on validation")]
 Minutes = Annotated[float, typer.Option(min=0.01, help="of training that every row's search may take")]

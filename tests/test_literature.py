@@ -5,6 +5,7 @@ import pytest
 
 from mmllmrec import bench
 from mmllmrec.bench import literature as module
+from mmllmrec.bench.ablations import OFF
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
 from mmllmrec.runcard import RunCard
@@ -27,6 +28,18 @@ def test_every_system_of_the_literature_is_surveyed(world, tmp_path):
     assert card.settings["budget"]["trials"] == 1 and "FREEDOM" in card.settings["tuned"]
     again = bench.survey(**asked, folder=tmp_path / "answer", kind="cold_items")
     assert again.frame.equals(answer.frame)
+
+
+def test_every_system_trains_without_its_own_idea(world, tmp_path):
+    assert set(OFF) <= set(module.SYSTEMS)
+    summary, table = bench.ablations(data=world, seeds=1, quick=1, folder=tmp_path)
+    assert len(table) == sum(len(ideas) for ideas in OFF.values())
+    one = table.set_index(["system", "idea"]).loc["FREEDOM", "no pruning"]
+    frame = summary.frame.query("row == 'all' and metric == 'ndcg@20'").set_index("system")["mean"]
+    assert (one["with"], one["without"]) == (frame["FREEDOM"], frame["FREEDOM, no pruning"])
+    assert one["change"] == pytest.approx(one["without"] / one["with"] - 1)
+    with pytest.raises(DataError, match="have nothing to switch off here"):
+        bench.ablations(data=world, systems=["ItemKNN"])
 
 
 def test_a_search_belongs_to_its_split(world, tmp_path):

@@ -4,6 +4,7 @@ A bench goes on where it was cut off: a seed whose report is in the folder is re
 fitted goes on from its checkpoint.
 """
 
+from mmllmrec.bench.ablations import ablations
 from mmllmrec.bench.answer import Answer
 from mmllmrec.bench.literature import survey
 from mmllmrec.bench.parity import PARITY, beside, parity
@@ -31,6 +32,7 @@ __all__ = [
     "Answer",
     "Entry",
     "Summary",
+    "ablations",
     "beside",
     "entry",
     "model_of",

@@ -1,0 +1,120 @@
+"""What each system's own idea is worth: the same system, its published setting, with that term switched off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mmllmrec.bench.literature import FIT, features
+from mmllmrec.bench.rows import setup
+from mmllmrec.bench.run import Entry, Summary, over_seeds
+from mmllmrec.data import splits
+from mmllmrec.data.dataset import RecDataset
+from mmllmrec.data.interactions import DataError
+from mmllmrec.data.splits import Split
+from mmllmrec.runcard import RunCard
+
+# a system's ideas and the options without each; where one is a loss, its weight at zero
+OFF: dict[str, dict[str, dict[str, Any]]] = {
+    "LightGCN": {"no graph": {"layers": 0}},
+    "SimGCL": {"no contrast": {"weight": 0.0}},
+    "LayerGCN": {"no pruning": {"prune": 0.0}},
+    "SelfCF": {"no perturbed target": {"dropout": 0.0}},
+    "MMGCN": {"IDs that do not train": {"train_ids": False}},
+    "GRCN": {"no routing": {"routing": 0}, "no pruned edges": {"prune_edges": False}},
+    "DualGNN": {"one companion": {"companions": 1}},
+    "LATTICE": {"no item graph": {"item_layers": 0}, "a frozen item graph": {"keep": 1.0}},
+    "MICRO": {"no contrast": {"contrast_weight": 0.0}},
+    "SLMRec": {"no alignment": {"alignment_weight": 0.0}},
+    "BM3": {"no content": {"content_weight": 0.0}},
+    "MMSSL": {"no contrast": {"contrast_weight": 0.0}, "no adversary": {"adversarial_weight": 0.0}},
+    "FREEDOM": {
+        "no item graph": {"item_layers": 0},
+        "no pruning": {"prune": 0.0},
+        "no content": {"content_weight": 0.0},
+    },
+    "MGCN": {"no contrast": {"contrast_weight": 0.0}},
+    "DRAGON": {"no item graph": {"item_layers": 0}},
+    "LGMRec": {"no hyperedges": {"global_weight": 0.0}, "no contrast": {"contrast_weight": 0.0}},
+    "DiffMM": {"no contrast": {"contrast_weight": 0.0}},
+    "MENTOR": {
+        "no mask": {"mask_weight": 0.0},
+        "a mask that does not train": {"train_mask": False},
+        "no graph contrast": {"graph_weight": 0.0},
+        "no alignment": {"align_weight": 0.0},
+    },
+    "SMORE": {"no contrast": {"contrast_weight": 0.0}},
+    "PGL": {"the whole graph": {"prune": 0.0}, "no contrast": {"contrast_weight": 0.0}},
+    "COHESION": {"no item graph": {"item_layers": 0}},
+    "DAMRS": {"no preference": {"preference_weight": 0.0}, "no relation": {"relation_weight": 0.0}},
+    "AlignRec": {
+        "no contrast": {"contrast_weight": 0.0},
+        "no similarity": {"similarity_weight": 0.0},
+        "no user-item term": {"user_item_weight": 0.0},
+    },
+    "LLMRec": {"no content": {"content_weight": 0.0}, "no mask": {"mask_weight": 0.0}},
+}
+
+
+def ablations(
+    *,
+    data: str | RecDataset = "lastfm-2k",
+    path: str | os.PathLike[str] | None = None,
+    kind: str = "random_per_user",
+    systems: Sequence[str] = tuple(OFF),
+    seeds: int = 3,
+    folder: str | os.PathLike[str] = "runs/ablations",
+    quick: int | None = None,
+) -> tuple[Summary, pd.DataFrame]:
+    """Each of ``systems`` at its published setting, and without each of its ideas (``OFF``), a fit a seed; what the
+    survey's systems read. The frame has a row a (system, idea): ndcg@20 on all test items with and without, the
+    relative change, and in how many of the seeds it has that sign. A bench that was cut off goes on. Raises
+    ``DataError`` for a system that has nothing to switch off here, and for a split that is not known.
+    """
+    unknown = [s for s in systems if s not in OFF]
+    if unknown or not systems:
+        raise DataError(f"systems={list(systems)}: {unknown} have nothing to switch off here; these have {list(OFF)}")
+    if kind not in splits.SPLITS:
+        raise DataError(f"kind={kind!r}: one of {tuple(splits.SPLITS)}")
+    asked = setup(data, path)
+
+    def build(name: str, **options: Any) -> Callable[..., Any]:
+        def made(split: Split, runs: Any) -> Any:
+            from mmllmrec import models
+
+            cls: Any = models.classes()[name]
+            content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
+            return cls(split.train, **content, **options)
+
+        return made
+
+    entries = []
+    for name in systems:
+        entries.append(Entry(name, build(name), FIT))
+        entries += [Entry(f"{name}, {idea}", build(name, **options), FIT) for idea, options in OFF[name].items()]
+    summary = over_seeds(
+        "ablations",
+        lambda seed: splits.SPLITS[kind](asked.data, seed=seed),
+        entries,
+        seeds=seeds,
+        folder=Path(folder),
+        quick=quick,
+    )
+    return summary, changes(summary, systems)
+
+
+def changes(summary: Summary, systems: Sequence[str]) -> pd.DataFrame:
+    """What leaving each idea out changes, from the seeds' own numbers."""
+    by_seed = list(RunCard.load(summary.path).settings["by seed"].values())
+    lines = []
+    for name in systems:
+        for idea in OFF[name]:
+            pairs = [(run[f"{name} | all | ndcg@20"], run[f"{name}, {idea} | all | ndcg@20"]) for run in by_seed]
+            whole, without = (sum(x) / len(pairs) for x in zip(*pairs, strict=True))
+            same = sum((b - a) * (without - whole) > 0 for a, b in pairs)
+            lines.append((name, idea, whole, without, without / whole - 1, f"{same} of {len(pairs)}"))
+    return pd.DataFrame(lines, columns=["system", "idea", "with", "without", "change", "seeds of that sign"])
