@@ -57,7 +57,7 @@ drawn_apart = {"id_dropout": 0.0, "history_cut": 0.0}  # in each process
 def run(**options):
     seed_everything(5)
     model = Steady.from_preset(preset, data=split.train, catalog=catalog, dim=16, **drawn_apart, graph_layers=1)
-    model.graph.propagation.register_forward_hook(lambda module, given, out: seen.add(str(out.dtype)))
+    model.graph.register_forward_hook(lambda module, given, out: seen.add(str(out[0].dtype)))
     options |= {"stages": {"lora": 0.25}} if "staged" in how else {}
     size = {"item_batch": 5} if kind == "blocks" else {"batch_size": 6}
     return fit(model, split, lr=0.01, clip=1.0, epochs=2, chunk=int(chunk) or None, progress=False, **size, **options)
