@@ -202,6 +202,9 @@ for folder in ("notebooks/cards/q4", "notebooks/cards/q4-atelier-b", "notebooks/
 # blind to what only their combination says: that is arithmetic, and no longer training mends it. Early fusion can hear
 # the combination. With both, side by side and through one map, the model keeps the late paths' single tastes and has a
 # place for the combination; the bars say how much of either it reaches.
+#
+# On Last.fm, the last table, both paths together are ahead of either alone as well, by 4%; how they are put together
+# matters little there.
 
 # %%
 assert np.ptp(best) < 1e-3 * np.ptp(square), "a sum of a picture's and a text's score holds none of it"
