@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmllmrec.data.interactions import DataError, Interactions
 
+BAG = 1 << 20  # multiplications from which a product on a CPU is worth a bag of embeddings
 EDGES = 4096  # edges whose ends are gathered at once: two megabytes of 64 columns
 
 # torch says this once a process for every CSR tensor; what is used of it here is covered by tests
@@ -42,7 +43,7 @@ class CSR(NamedTuple):
         product of PyTorch's CSR tensor takes 4.1 and of its COO tensor 11.8.
         """
         x = x.detach().to(self.values.dtype)
-        if x.is_cuda:
+        if x.is_cuda or len(self.columns) * x.shape[1] < BAG:
             with torch.autocast(x.device.type, enabled=False):
                 return self.tensor() @ x
         if not len(self.columns):
