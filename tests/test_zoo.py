@@ -167,7 +167,7 @@ def test_mgcn_leaves_out_what_an_item_lacks(train, features):
     torch.manual_seed(0)
     model = models.MGCN(train, features=features, dim=D, neighbours=3)
     views, behaviour = torch.randn(U + N, 2, D, requires_grad=True), torch.randn(U + N, D)
-    present = torch.cat([torch.ones(U, 2, dtype=torch.bool), torch.from_numpy(features.presence)])
+    present = torch.cat([torch.ones(U, 2, dtype=torch.bool), torch.tensor(features.presence)])
     side = model.fused(behaviour, views, present)
     (gradient,) = torch.autograd.grad((side**2).sum(), views)
     items = gradient[U:].abs().sum(-1) > 0
