@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mmllmrec.bench.literature import FIT, features
+from mmllmrec.bench.literature import FIT, builder
 from mmllmrec.bench.rows import setup
 from mmllmrec.bench.run import Entry, Summary, over_seeds
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
-from mmllmrec.data.splits import Split
 from mmllmrec.runcard import RunCard
 
 # a system's ideas and the options without each; where one is a loss, its weight at zero
@@ -81,21 +80,12 @@ def ablations(
     if kind not in splits.SPLITS:
         raise DataError(f"kind={kind!r}: one of {tuple(splits.SPLITS)}")
     asked = setup(data, path)
-
-    def build(name: str, **options: Any) -> Callable[..., Any]:
-        def made(split: Split, runs: Any) -> Any:
-            from mmllmrec import models
-
-            cls: Any = models.classes()[name]
-            content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
-            return cls(split.train, **content, **options)
-
-        return made
-
     entries = []
     for name in systems:
-        entries.append(Entry(name, build(name), FIT))
-        entries += [Entry(f"{name}, {idea}", build(name, **options), FIT) for idea, options in OFF[name].items()]
+        entries.append(Entry(name, builder(name, asked), FIT))
+        entries += [
+            Entry(f"{name}, {idea}", builder(name, asked, **options), FIT) for idea, options in OFF[name].items()
+        ]
     summary = over_seeds(
         "ablations",
         lambda seed: splits.SPLITS[kind](asked.data, seed=seed),

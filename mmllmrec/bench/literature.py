@@ -6,7 +6,7 @@ Legend: I items, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,7 @@ def survey(
 
 def published_row(name: str, asked: Setup) -> Row:
     """A system under its published loss, its settings searched around the published ones."""
-
-    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
-        from mmllmrec import models
-
-        cls: Any = models.classes()[name]
-        content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
-        return cls(split.train, **content, **options)
-
+    build = builder(name, asked)
     if name in SOFTMAXED:
         return Row(name, build, {**FIT, "weight_decay": 1.0}, name, space=SPACES[name], starts=(STARTS.get(name, {}),))
     found = SEARCHED[name]
@@ -142,6 +135,19 @@ def published_row(name: str, asked: Setup) -> Row:
     if name in CLOSED:
         return Row(name, build, {}, name, space=dict(found), starts=(start,))
     return Row(name, build, FIT, name, space=RATE | found, starts=(start,))
+
+
+def builder(name: str, asked: Setup, **fixed: Any) -> Callable[..., Any]:
+    """What makes a system for a split, of the survey's features where it reads content; ``fixed`` options stand."""
+
+    def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
+        from mmllmrec import models
+
+        cls: Any = models.classes()[name]
+        content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
+        return cls(split.train, **content, **options, **fixed)
+
+    return build
 
 
 def features(asked: Setup, split: Split) -> FeatureTable:

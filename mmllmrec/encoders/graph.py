@@ -46,8 +46,6 @@ class CSR(NamedTuple):
         if x.is_cuda or len(self.columns) * x.shape[1] < BAG:
             with torch.autocast(x.device.type, enabled=False):
                 return self.tensor() @ x
-        if not len(self.columns):
-            return x.new_zeros(len(self.starts) - 1, x.shape[1])
         rows, values = x.contiguous(), self.values
         return F.embedding_bag(
             self.columns, rows, self.starts, mode="sum", per_sample_weights=values, include_last_offset=True
