@@ -135,7 +135,8 @@ def test_a_peer_stands_beside_ours_by_its_own_clock(tmp_path):
 
 
 def test_growth_is_measured_per_event_and_beside_the_smallest(tmp_path):
-    data, parts = growth.grown(events=10_000)
+    data = growth.grown(events=10_000)
+    parts = data.parts
     train = splits.given(data).train
     assert len(train) == 10_000 and train.user_counts.min() >= 3 and (parts == splits.VALID).sum() == 1250
     counts = np.sort(train.item_counts)[::-1]

@@ -92,8 +92,8 @@ def growth(
     return frame
 
 
-def grown(*, events: int, seed: int = 0, groups: int = 64) -> tuple[RecDataset, np.ndarray]:
-    """A planted set of ``events`` training events and one for validation each of the first 10,000 users, and its parts.
+def grown(*, events: int, seed: int = 0, groups: int = 64) -> RecDataset:
+    """A planted set of ``events`` training events and one for validation each of the first 10,000 users.
 
     N / 8 users of log-normal activity, three events at least, in G groups; a group's items have weights popularity_i
     exp(2 p_g . q_i / 4), p and q normal in 16 dimensions, popularity falling as (rank + 20)^-0.8; a user draws without
@@ -133,13 +133,13 @@ def grown(*, events: int, seed: int = 0, groups: int = 64) -> tuple[RecDataset, 
     user_ids, item_ids = IdMap(range(n_users), what="user id"), IdMap(range(n_items), what="item id")
     table = (q @ rng.normal(size=(16, WIDTH)) + rng.normal(size=(n_items, WIDTH))).astype(np.float32)
     catalog = Catalog(datasets.Dataset.from_dict({"item_id": item_ids.ids}), item_ids, features={"visual": table})
-    return RecDataset("grown", Interactions(users, items, None, user_ids, item_ids), catalog, parts), parts
+    return RecDataset("grown", Interactions(users, items, None, user_ids, item_ids), catalog, parts)
 
 
 def measure(*, system: str, events: int, epochs: int) -> dict[str, Any]:
     """One system and size in this process."""
     before = peak_memory_mb()
-    data, _ = grown(events=events)
+    data = grown(events=events)
     users, items = data.interactions.users, data.interactions.items
     began = time.perf_counter()
     again = Interactions(users, items, None, data.interactions.user_ids, data.interactions.item_ids)
