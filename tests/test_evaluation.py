@@ -10,7 +10,7 @@ from mmllmrec.evaluation import metrics
 from mmllmrec.evaluation.floors import Popularity, Random
 from mmllmrec.evaluation.metrics import METRICS, compute
 from mmllmrec.evaluation.protocols import harmonic, validation_score
-from mmllmrec.evaluation.ranking import rank
+from mmllmrec.evaluation.ranking import _top, rank
 from tests.planted import Table
 
 U, ITEMS = 37, 101
@@ -122,6 +122,18 @@ def test_ties_follow_one_seeded_permutation():
     assert (constant == constant[0]).all()
     for row, user in enumerate(np.unique(positives.users)):
         assert a[row].tolist() == sorted(range(ITEMS), key=lambda i, u=user: (-coarse[u, i], place[i]))[:20]
+
+
+@pytest.mark.parametrize(("columns", "k"), [(1003, 20), (1003, 62), (1003, 63), (37, 20), (37, 37), (5, 1), (1, 1)])
+def test_the_best_columns_are_those_of_a_full_stable_sort(columns, k):
+    rng = np.random.default_rng(columns + k)
+    blocks = [rng.normal(size=(7, columns)), rng.integers(0, 4, (7, columns)), np.zeros((7, columns))]
+    blocks.append(np.where(rng.random((7, columns)) < 0.01, blocks[0], -np.inf))  # fewer than k left
+    for scores in (b.astype(np.float32) for b in blocks):
+        value, column = _top(scores, k)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(value, np.take_along_axis(scores, order, axis=1))
+        np.testing.assert_array_equal(column[np.isfinite(value)], order[np.isfinite(value)])
 
 
 def test_a_masked_item_never_counts():

