@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmllmrec.data.interactions import DataError
 
-BLOCK = 1 << 20  # scores that ``matched_softmax`` holds at once (4 MiB)
+BLOCK = 1 << 18  # scores that ``matched_softmax`` holds at once (1 MiB, which stays in cache)
 
 
 def bce(positive: Tensor, negative: Tensor) -> Tensor:
@@ -119,12 +119,16 @@ class _Matched(torch.autograd.Function):
         total = queries.new_zeros(())
         with torch.autocast(queries.device.type, enabled=False):
             for rows in torch.arange(len(queries), device=queries.device).split(max(BLOCK // len(candidates), 1)):
-                part, own = queries[rows], target[rows, None]
-                each = F.log_softmax(part @ candidates.T, dim=1)
-                total -= each.gather(1, own).sum()
-                each = each.exp_().scatter_add_(1, own, each.new_full(own.shape, -1.0))
-                of_queries[rows] = each @ candidates
-                of_candidates.addmm_(each.T, part)
+                part = queries[rows]
+                each = part @ candidates.T
+                each -= each.amax(dim=1, keepdim=True)
+                own = each.gather(1, target[rows, None])
+                whole = each.exp_().sum(dim=1, keepdim=True)  # one exponential a score: what divides it is a row's
+                total += (whole.log() - own).sum()
+                of_queries[rows] = each @ candidates / whole
+                of_candidates.addmm_(each.T, part / whole)
+            of_queries -= candidates[target]
+            of_candidates.index_add_(0, target, queries, alpha=-1)
         ctx.save_for_backward(of_queries, of_candidates)
         return total / len(queries)
 

@@ -21,6 +21,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.vectors import rows_of
 
 
 class LGMRec(MultimodalModel):
@@ -75,21 +76,22 @@ class LGMRec(MultimodalModel):
             for _ in range(self.modal_layers):
                 layer = self.graph.propagation(layer)
             local = local + unit(layer)
-            parts[m] = self._global(logits, self.present(m), items)
-            everywhere = everywhere + parts[m]
+            parts[m], edges = self._global(logits, self.present(m), items)
+            parts[f"{m} edges"] = edges
+            everywhere = everywhere + parts[m] @ edges
         whole = local + self.global_weight * unit(everywhere)
         users, items = whole.split([self.n_users, self.n_items])
         return Encoded(users, items, parts)
 
-    def _global(self, logits: Tensor, present: Tensor, items: Tensor) -> Tensor:
-        """Vectors through the hyperedges of one modality: (I, K), (I,), (I, D) -> (N, D)."""
+    def _global(self, logits: Tensor, present: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Memberships in one modality's hyperedges, and these, whose product are the global vectors: (I, K), (I,),
+        (I, D) -> (N, K), (K, D)."""
         of_items = self._membership(logits) * present[:, None]
         of_users = self._membership(self.sums(logits)) * self.known[:, None]
-        users = items
-        for _ in range(self.hyper_layers):
-            edges = of_items.T @ items
-            items, users = of_items @ edges, of_users @ edges
-        return torch.cat([users, items])
+        edges = of_items.T @ items
+        for _ in range(self.hyper_layers - 1):
+            edges = of_items.T @ (of_items @ edges)
+        return torch.cat([of_users, of_items]), edges
 
     def _membership(self, logits: Tensor) -> Tensor:
         if self.training:
@@ -98,11 +100,15 @@ class LGMRec(MultimodalModel):
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``contrast``: the same node through two modalities' hyperedges."""
-        if not self.contrast_weight or len(encoded.parts) < 2:
+        if not self.contrast_weight:
             return {}
         terms = []
-        for one, other in combinations(encoded.parts.values(), 2):
+        for one, other in combinations(self.modalities, 2):
+            edges, others = encoded.parts[f"{one} edges"], encoded.parts[f"{other} edges"]
+            norms = torch.linalg.vector_norm(encoded.parts[other] @ others, dim=1, keepdim=True).clamp(min=1e-12)
+            # (N, K) for (N, D): among all nodes, cosines of vectors that K hyperedges span are products of K numbers
+            scaled = encoded.parts[other] / norms
             for rows, nodes in ((slice(0, self.n_users), batch.users), (slice(self.n_users, None), batch.items)):
-                anchors = unit(one[rows][nodes]) / self.temperature
-                terms.append(losses.matched_softmax(anchors, unit(other[rows]), nodes))
-        return {"contrast": self.contrast_weight * torch.stack(terms).sum()}
+                anchors = unit(rows_of(encoded.parts[one][rows], nodes) @ edges) / self.temperature
+                terms.append(losses.matched_softmax(anchors @ others.T, scaled[rows], nodes))
+        return {"contrast": self.contrast_weight * torch.stack(terms).sum()} if terms else {}
