@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mmllmrec.cli.bench import app as bench_app
+from mmllmrec.cli.options import At, Data, Folder, Kind, Seed, show
+
 app = typer.Typer(
     name="mmllmrec",
     no_args_is_help=True,
@@ -22,44 +25,15 @@ app = typer.Typer(
     "mmllmrec evaluate runs/first and mmllmrec recommend runs/first u17",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset, or check one of your own.")
-bench_app = typer.Typer(no_args_is_help=True, help="The comparisons of the README, with a run card for each number.")
 features_app = typer.Typer(no_args_is_help=True, help="What frozen towers say of the items, computed once and kept.")
 app.add_typer(data_app, name="data")
 app.add_typer(features_app, name="features")
 app.add_typer(bench_app, name="bench")
 
-Data = Annotated[
-    str, typer.Option("--data", help="atelier, atelier-b, movielens-small, lastfm-2k, or folder: your own, at --path")
-]
-At = Annotated[Path | None, typer.Option("--path", help="the dataset's folder; otherwise found under MMLLMREC_DATA")]
-Kind = Annotated[
-    str, typer.Option("--split", help="random_per_user, leave_last, temporal, cold_items, cold_users, cold_both, given")
-]
-Seed = Annotated[int, typer.Option(help="of the split, the weights and the batches")]
-Seeds = Annotated[int, typer.Option(min=1, help="how many seeds, from 0")]
-Cards = Annotated[Path, typer.Option("--folder", help="where the run card and the table go")]
-Repeats = Annotated[int, typer.Option(min=1, help="how often each is timed; the median counts")]
-Folder = Annotated[Path, typer.Option("--folder", help="where cards and checkpoints go; a run cut off goes on from it")]
-
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
     pass  # --debug is read by main(), which catches what commands raise
-
-
-def _show(frame: Any, title: str = "") -> None:
-    """A data frame as a table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    frame = frame.reset_index() if frame.index.name else frame
-    table = Table(title=title or None, title_justify="left")
-    for name in frame.columns:
-        table.add_column(str(name))
-    for row in frame.itertuples(index=False):
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
-    # a pipe has no width of its own, and a table cut to 80 columns cannot be read by the next program
-    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
 def _split(data: str, path: Path | None, kind: str, seed: int, **reading: Any) -> Any:
@@ -162,7 +136,7 @@ def data_info(name: Annotated[str, typer.Argument(help="a dataset's name")], pat
     rows.append(("timestamps", "yes" if x.times is not None else "no"))
     rows += [(f"items with {m}", f"{data.catalog.present(m).mean():.1%}") for m in data.catalog.modalities]
     rows += [(k, str(v)) for k, v in data.about.items()]
-    _show(pd.DataFrame(rows, columns=["what", "value"]), data.name)
+    show(pd.DataFrame(rows, columns=["what", "value"]), data.name)
 
 
 @data_app.command("check")
@@ -261,9 +235,7 @@ def features_extract(
         (t.modality, t.name, t.hash, table.widths[t.modality], int(table.presence[:, n].sum()))
         for n, t in enumerate(towers)
     ]
-    _show(
-        pd.DataFrame(rows, columns=["modality", "tower", "hash", "width", "items"]), f"{loaded.name}, {seconds:.1f} s"
-    )
+    show(pd.DataFrame(rows, columns=["modality", "tower", "hash", "width", "items"]), f"{loaded.name}, {seconds:.1f} s")
     print(f"features: {folder}\nrun card: {card.save(folder / 'card.json')}")
 
 
@@ -275,7 +247,7 @@ def features_info(store: Kept = Path("runs/store")) -> None:
     """
     from mmllmrec.features.store import Store
 
-    _show(Store(store).info(), str(store))
+    show(Store(store).info(), str(store))
 
 
 @features_app.command("prune")
@@ -391,7 +363,7 @@ def evaluate(
     if parts.hash != about.split["hash"]:
         raise DataError(f"{folder} was trained on other events than this split's: use its --data, --split and --seed")
     report = report_of(model, parts, on=on, seed=seed, folder=folder / f"report-{on}")
-    _show(report.table(), f"ndcg@20 on {on} of {parts.name}({parts.data.name})")
+    show(report.table(), f"ndcg@20 on {on} of {parts.name}({parts.data.name})")
     print(f"run card: {report.path}")
 
 
@@ -412,7 +384,7 @@ def recommend(
 
     name, place, reading = _trained_on(_card(folder), data, path)
     catalog = load_dataset(name, place, **reading).catalog
-    _show(recommendations(folder / "model", users=users, k=k, catalog=catalog).frame)
+    show(recommendations(folder / "model", users=users, k=k, catalog=catalog).frame)
 
 
 def _card(folder: Path) -> Any:
@@ -431,256 +403,6 @@ def _trained_on(card: Any, data: str, path: Path | None) -> tuple[str, Path | No
     return data or loaded.get("name") or card.data, place, loaded.get("options") or {}
 
 
-# -- benches ---------------------------------------------------------------------------------------------------------
-
-
-@bench_app.command("eval")
-def bench_eval(repeats: Repeats = 5, folder: Cards = Path("runs/eval")) -> None:
-    """Users ranked per second beside the bare matrix product and top-k (19,445 users, 7,050 items).
-
-    Example: [bold]mmllmrec bench eval[/bold]
-    """
-    from mmllmrec.evaluation.speed import speed
-
-    _show(speed(repeats=repeats, folder=folder), f"evaluator, medians of {repeats}")
-    print(f"run card: {folder / 'card.json'}")
-
-
-@bench_app.command("train")
-def bench_train(
-    repeats: Repeats = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
-    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
-    peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's seconds")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="of each system's training to its best; none where not given")
-    ] = None,
-    folder: Cards = Path("runs/train"),
-) -> None:
-    """Seconds per epoch and evaluation, samples per second and peak memory of the systems (118,551 events of 19,445
-    users on 7,050 items, features of 4096 and 384 columns), beside a peer's; half an hour.
-
-    Example: [bold]mmllmrec bench train --threads 1[/bold]
-    """
-    from mmllmrec.training.speed import SYSTEMS, speed
-
-    table = speed(
-        repeats=repeats, threads=threads, systems=systems or tuple(SYSTEMS), peer=peer, minutes=minutes, folder=folder
-    ).fillna("-")
-    _show(table, f"training, medians of {repeats} epochs; features are whitened to 64 columns when a system is built")
-    print(f"run card: {folder / 'card.json'}")
-
-
-@bench_app.command("growth")
-def bench_growth(
-    events: Annotated[list[int] | None, typer.Option(min=10_000, help="160000, 1600000, 16000000 if not given")] = None,
-    systems: Annotated[list[str] | None, typer.Option("--system", help="BPR, LightGCN, FREEDOM if not given")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
-    folder: Cards = Path("runs/growth"),
-) -> None:
-    """Seconds and memory of an epoch per event, on planted sets of ever more events; a quarter of an hour, 24 GiB.
-
-    Example: [bold]mmllmrec bench growth --events 160000 --events 1600000[/bold]
-    """
-    from mmllmrec.training.growth import EVENTS, SYSTEMS, growth
-
-    named = {"events": tuple(events or EVENTS), "systems": tuple(systems or SYSTEMS)}
-    _show(growth(**named, threads=threads, folder=folder), "growth, the least of two epochs")  # type: ignore[arg-type]
-    print(f"run card: {folder / 'card.json'}")
-
-
-@bench_app.command("backbone")
-def bench_backbone(
-    repeats: Repeats = 5,
-    threads: Annotated[int, typer.Option(min=1, help="to compute with")] = 1,
-    backbones: Annotated[
-        list[str] | None,
-        typer.Option("--backbone", help="'nano, end to end', 'nano, cached' or 'minilm, cached'; all where not given"),
-    ] = None,
-    folder: Cards = Path("runs/backbone"),
-) -> None:
-    """Items that the unified backbone encodes and trains per second, beside the machine's rate of bare matrix products
-    (128 items of Atelier with their events); a few minutes, 'minilm' needs its extra.
-
-    Example: [bold]mmllmrec bench backbone --threads 1[/bold]
-    """
-    from mmllmrec.training.throughput import BACKBONES, throughput
-
-    table = throughput(repeats=repeats, threads=threads, backbones=backbones or tuple(BACKBONES), folder=folder)
-    _show(table, f"the backbone, medians of {repeats} on {threads} thread{'s' if threads > 1 else ''}")
-    print(f"run card: {folder / 'card.json'}")
-
-
-@bench_app.command("quickstart")
-def bench_quickstart(seeds: Seeds = 3, folder: Folder = Path("runs/quickstart")) -> None:
-    """The quickstart's table over seeds: Atelier, cold items held out, share of the oracle.
-
-    Example: [bold]mmllmrec bench quickstart --seeds 3[/bold]
-    """
-    from mmllmrec import bench
-
-    print(bench.quickstart(seeds=seeds, folder=folder))
-
-
-@bench_app.command("movielens")
-def bench_movielens(
-    seeds: Seeds = 3,
-    folder: Folder = Path("runs/movielens"),
-    path: At = None,
-    kinds: Annotated[
-        list[str] | None, typer.Option("--split", help="random_per_user or cold_items; both where not given")
-    ] = None,
-) -> None:
-    """Real posters and words: random-per-user and cold-items splits, the unified model on minilm.
-
-    Example: [bold]mmllmrec bench movielens --path ~/data/movielens-small-posters[/bold]
-    """
-    from mmllmrec import bench
-
-    for summary in bench.movielens(
-        seeds=seeds, folder=folder, path=path, kinds=kinds or ("random_per_user", "cold_items")
-    ):
-        print(summary)
-
-
-@bench_app.command("parity")
-def bench_parity(
-    seeds: Seeds = 3,
-    folder: Folder = Path("runs/parity"),
-    path: At = None,
-    peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's figures")] = None,
-    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
-) -> None:
-    """Published systems on Last.fm's own division, under the MMRec family's protocol and hyper-parameters.
-
-    Example: [bold]mmllmrec bench parity --path ~/data/lastfm-2k-audio --peer peer.csv --system FREEDOM[/bold]
-    """
-    from mmllmrec import bench
-    from mmllmrec.bench.parity import SYSTEMS
-
-    summary, table = bench.parity(seeds=seeds, folder=folder, path=path, peer=peer, systems=systems or tuple(SYSTEMS))
-    print(summary)
-    if len(table):
-        _show(table, "beside the peer")
-
-
-@bench_app.command("ablations")
-def bench_ablations(
-    data: Annotated[str, typer.Option("--data", help="a dataset's name")] = "lastfm-2k",
-    path: At = None,
-    kind: Kind = "random_per_user",
-    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
-    seeds: Seeds = 3,
-    folder: Folder = Path("runs/ablations"),
-) -> None:
-    """Each system of the literature at its published setting, with and without its own idea; hours.
-
-    Example: [bold]mmllmrec bench ablations --system FREEDOM --system MGCN[/bold]
-    """
-    from mmllmrec import bench
-    from mmllmrec.bench.ablations import OFF
-
-    asked = {"data": data, "path": path, "kind": kind, "seeds": seeds, "folder": folder}
-    summary, table = bench.ablations(**asked, systems=systems or tuple(OFF))  # type: ignore[arg-type]
-    print(summary)
-    _show(table, "without its own idea")
-
-
-Asked = Annotated[str, typer.Option("--data", help="atelier, atelier-b, movielens-small or lastfm-2k")]
-Trials = Annotated[int, typer.Option(min=1, help="settings tried of every row, on validation")]
-Minutes = Annotated[float, typer.Option(min=0.01, help="of training that every row's search may take")]
-Searches = Annotated[Path, typer.Option("--tuned", help="where searches are kept, shared by q1 to q4")]
-EndToEnd = Annotated[
-    bool,
-    typer.Option(
-        "--end-to-end",
-        help="train the unified model end to end, not only its last layers (q1 on planted worlds: always)",
-    ),
-]
-
-Some = Annotated[list[str] | None, typer.Option("--system", help="fit these rows alone; all where not given")]
-Tower = Annotated[
-    str | None,
-    typer.Option(
-        "--vision",
-        help="folder of another image tower, as mmllmrec.training.posters makes it; '{seed}' in it is the split's",
-    ),
-]
-
-
-@bench_app.command("survey")
-def bench_survey(
-    data: Asked = "lastfm-2k",
-    path: At = None,
-    kind: Annotated[str, typer.Option("--split", help="random_per_user, cold_items or given")] = "random_per_user",
-    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; see the table's rows")] = None,
-    seeds: Seeds = 3,
-    trials: Trials = 4,
-    minutes: Minutes = 3.0,
-    folder: Folder = Path("runs/survey"),
-    tuned: Searches = Path("runs/tuned"),
-) -> None:
-    """The literature's systems under one protocol and one budget, beside the floors. Takes hours; goes on where it was.
-
-    Example: [bold]mmllmrec bench survey --data lastfm-2k --system LightGCN --system FREEDOM[/bold]
-    """
-    from mmllmrec import bench
-
-    asked: dict[str, Any] = {"data": data, "path": path, "kind": kind, "systems": systems, "seeds": seeds}
-    print(bench.survey(**asked, trials=trials, minutes=minutes, folder=folder, tuned=tuned))
-
-
-QUESTIONS = {
-    "q1": "Q1, one unified model: does training extraction and encoding together beat extracting first, encoding later?"
-    "\n\nID-only, content and two-stage rows, each tuned with the same budget; controls trained from scratch and at "
-    "test; the factor-fed twin on planted data; verdicts with intervals."
-    "\n\nExample: [bold]mmllmrec bench q1 --data atelier --seeds 3[/bold]",
-    "q2": "Q2, cold start: new items and new users, from content alone or from a handful of events."
-    "\n\nThe cold-start systems beside the unified model on one split that holds out items and users; curves by the "
-    "number of events known."
-    "\n\nExample: [bold]mmllmrec bench q2 --data movielens-small --path ~/data/movielens-small-posters[/bold]",
-    "q3": "Q3, more senses: what sound and sensors add to pictures and words, and what missing content costs."
-    "\n\nExample: [bold]mmllmrec bench q3 --data lastfm-2k --path ~/data/lastfm-2k-audio[/bold]",
-    "q4": "Q4, fusion: early, late and both; which of the planted tastes each finds, and knock-outs at test."
-    "\n\nExample: [bold]mmllmrec bench q4 --data atelier-b[/bold]",
-}
-
-
-def _question(name: str, about: str) -> None:
-    """A command of one of the questions: they take the same."""
-
-    @bench_app.command(name, help=about)
-    def command(
-        data: Asked = "atelier",
-        path: At = None,
-        seeds: Seeds = 3,
-        trials: Trials = 6,
-        minutes: Minutes = 10.0,
-        folder: Folder = Path(f"runs/{name}"),
-        tuned: Searches = Path("runs/tuned"),
-        end_to_end: EndToEnd = False,
-        vision: Tower = None,
-        systems: Some = None,
-    ) -> None:
-        from mmllmrec import bench
-
-        asked: dict[str, Any] = {
-            "systems": systems,
-            "data": data,
-            "path": path,
-            "seeds": seeds,
-            "trials": trials,
-            "minutes": minutes,
-        }
-        # left out, real data is trained with the cached trainer alone
-        asked |= {"folder": folder, "tuned": tuned, "end_to_end": end_to_end or None, "vision": vision}
-        print(getattr(bench, name)(**asked))
-
-
-for _name, _about in QUESTIONS.items():
-    _question(_name, _about)
-
-
 def main() -> None:
     """Entry point: one line for an error, its traceback with ``--debug`` (before or after the command)."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -697,7 +419,3 @@ def main() -> None:
         kind = "" if usage else f"{type(error).__name__}: "
         print(f"error: {kind}{message} (--debug shows where)", file=sys.stderr)
         sys.exit(2 if usage else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m mmllmrec.cli``, as a launcher of processes calls it."""
+
+from mmllmrec.cli import main
+
+main()
