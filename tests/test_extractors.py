@@ -240,7 +240,7 @@ def test_a_hash_is_the_same_at_each_start(folders):
 
 def test_all_that_changes_a_state_changes_the_hash(folders, tmp_path):
     source = str(folders / "bert")
-    other = Prompt("item", 2, ("title",), "{{ title }}")
+    other = Prompt("item", 2, {"title": "text"}, "{{ title }}")
     found = [
         text_extractor(source, **settings).hash
         for settings in (
@@ -353,7 +353,7 @@ def test_weights_that_a_file_lacks_are_refused(folders, tmp_path):
         (lambda f, c, s: text_extractor(str(f / "clip-text"), pooling="mean"), "by itself"),
         (lambda f, c, s: text_extractor(str(f / "clip")), "tokens"),
         (lambda f, c, s: text_extractor(str(f / "whisper")), "decoder"),
-        (lambda f, c, s: text_extractor(str(f / "llm"), prompt=Prompt("p", 1, (), "")).extract(c, HERE), "to nothing"),
+        (lambda f, c, s: text_extractor(str(f / "llm"), prompt=Prompt("p", 1, {}, "")).extract(c, HERE), "to nothing"),
         (lambda f, c, s: image_extractor(str(f / "vit")).extract(c, [0, 2]), "i2"),
         (lambda f, c, s: image_extractor(str(f / "vit")).extract(c, []), "no items"),
         (lambda f, c, s: audio_extractor(str(f / "ast"), 4000).extract(c, [0]), "i0"),

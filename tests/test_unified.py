@@ -199,23 +199,6 @@ def test_the_loss_is_the_naive_one(model, by_item):
     assert float(model.loss(batch)["softmax"].detach()) == pytest.approx(np.mean(values), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("hello", "no header"),
-        ("---\nid: other\nversion: 1\ninputs: []\n---\nx", "its id is 'other'"),
-        ("---\nid: p\nversion: 1\ninputs: [title]\n---\n{{ title }} {{ price }}", r"uses \['price'\]"),
-        ("---\nid: p\nversion: 1\n---\nx", "must hold id, version and inputs"),
-        ("---\nid: p\nversion: 1\ninputs: [title]\n---\n{{ title", "unexpected end of template"),
-    ],
-)
-def test_broken_prompts_name_their_file(tmp_path, text, says):
-    path = tmp_path / "p.jinja"
-    path.write_text(text)
-    with pytest.raises(DataError, match=rf"p\.jinja.*{says}"):
-        load_prompt(path)
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
 def test_layers_in_two_parts_are_the_whole_model(family):
     import transformers as hf
@@ -373,15 +356,6 @@ def test_the_run_card_names_towers_prompt_and_content(model):
     about = model.provenance()
     assert about["prompt"] == {"id": "item", "version": 1, "hash": load_prompt("item").hash}
     assert about["base"] == model.base_hash and about["catalog"] == model.catalog.hash
-
-
-def test_prompt_fields_are_exact():
-    prompt = load_prompt("item")
-    assert prompt.render(title="Lamp", text="") == "An item <image> called Lamp."
-    with pytest.raises(DataError, match=r"missing \['text'\]"):
-        prompt.render(title="Lamp")
-    with pytest.raises(DataError, match=r"unknown \['price'\]"):
-        prompt.render(title="Lamp", text="", price="3")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import typer
 
 from mmllmrec.cli.bench import app as bench_app
 from mmllmrec.cli.options import At, Data, Folder, Kind, Seed, show
+from mmllmrec.cli.prompts import app as prompts_app
 
 app = typer.Typer(
     name="mmllmrec",
@@ -29,6 +30,7 @@ features_app = typer.Typer(no_args_is_help=True, help="What frozen towers say of
 app.add_typer(data_app, name="data")
 app.add_typer(features_app, name="features")
 app.add_typer(bench_app, name="bench")
+app.add_typer(prompts_app, name="prompts")
 
 
 @app.callback()
