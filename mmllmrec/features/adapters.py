@@ -93,3 +93,17 @@ def load(adapted: Any, folder: Path) -> None:
     lost = [k for k in result.missing_keys if "lora_" in k]
     if lost or result.unexpected_keys:
         raise DataError(f"{path} does not fit this tower: missing {lost[:3]}, unexpected {result.unexpected_keys[:3]}")
+
+
+def merged(module: nn.Module, folder: Path) -> Any:
+    """A model with a saved LoRA added into its weights. Raises ``DataError`` when the folder holds none that fits."""
+    from peft import PeftConfig, get_peft_model
+
+    if not (folder / "adapter_config.json").is_file():
+        raise DataError(f"{folder / 'adapter_config.json'} is missing: {folder} holds no adapter in PEFT's format")
+    try:
+        adapted = get_peft_model(module, PeftConfig.from_pretrained(str(folder)))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise DataError(f"{folder} does not fit a {type(module).__name__}: {error}") from error
+    load(adapted, folder)
+    return adapted.merge_and_unload()

@@ -119,20 +119,22 @@ def save_clip(folder: Path, clip: Any, about: dict[str, Any]) -> None:
     write_atomically(folder / "open_clip_model.safetensors", lambda p: save_file(weights, p))
 
 
-def load_transformer(source: str, *, what: str, **options: Any) -> Any:
-    """``transformers.AutoModel`` of a folder or hub id: safetensors, float32, no dropout, in evaluation mode.
+def load_transformer(source: str, *, what: str, speaks: bool = False, **options: Any) -> Any:
+    """``transformers.AutoModel`` of a folder or hub id, ``AutoModelForCausalLM`` where it ``speaks``: safetensors,
+    float32, no dropout, in evaluation mode.
 
     Raises ``DataError`` (``what`` names the kind of model) when it is not there, needs code or pickles from the hub, or
     when its file lacks weights, which would stay random. A missing pooling head is taken away instead: it is trained
     for other ends, and most files come without.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one of its own for every load, where a load takes no time
     try:
-        model, report = AutoModel.from_pretrained(
+        kind: Any = AutoModelForCausalLM if speaks else AutoModel
+        model, report = kind.from_pretrained(
             source,
             use_safetensors=True,
             trust_remote_code=False,
@@ -179,6 +181,17 @@ def load_language(source: str) -> Language:
 
     Raises ``DataError`` when it is not there, or when it would need code or pickles from the hub.
     """
+    source, config, tokenizer = _described(source)
+    extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+    model = load_transformer(source, what="language model", **extra)
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(f"language model {source!r}: an encoder with a decoder; take one that is either")
+    causal = not _sees_ahead(model)
+    return Language(model, tokenizer, causal, config.hidden_size, weights_hash(model))
+
+
+def _described(source: str) -> tuple[str, Any, Any]:
+    """Where a language model lies, its configuration and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     if source == "minilm":
@@ -192,12 +205,20 @@ def load_language(source: str) -> Language:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise DataError(f"language model {source!r} cannot be loaded: {error}") from error
-    extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    model = load_transformer(source, what="language model", **extra)
-    if getattr(config, "is_encoder_decoder", False):
-        raise DataError(f"language model {source!r}: an encoder with a decoder; take one that is either")
-    causal = not _sees_ahead(model)
-    return Language(model, tokenizer, causal, config.hidden_size, weights_hash(model))
+    return source, config, tokenizer
+
+
+def load_causal(source: str) -> tuple[Any, Any]:
+    """A causal language model with its head, and its tokenizer: a folder or hub id.
+
+    Raises ``DataError`` when one of them is not there, when the model is no causal one, or when it would need code or
+    pickles from the hub.
+    """
+    where, _, tokenizer = _described(source)
+    model = load_transformer(where, what="language model", speaks=True)
+    if _sees_ahead(model.base_model):
+        raise DataError(f"language model {source!r} sees what comes after: it cannot write; take a causal one")
+    return model, tokenizer
 
 
 def randomised_vision(vision: Vision) -> Vision:

@@ -1,0 +1,389 @@
+"""Text from a local language model: batched, held to a prompt's schema, kept on disk and taken up again.
+
+Legend: N rows, A answers, B rows of a batch, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.features import adapters
+from mmllmrec.features.prompts import Prompt
+from mmllmrec.features.towers import load_causal, still, weights_hash
+from mmllmrec.runcard import content_hash, write_atomically
+from mmllmrec.seed import stream
+from mmllmrec.shipped import shipped
+
+TOKENS = 8192  # of a batch, those to be written among them
+CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
+CLOSERS = (b'"', b"]", b"}")  # what ends a string, a list, an object, in the order in which it is tried
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer: its text; its value, parsed where the prompt has a schema, else the text; tokens read and written;
+    ``cut`` where the budget of tokens ended it."""
+
+    text: str
+    value: Any
+    tokens_in: int
+    tokens_out: int
+    cut: bool
+
+
+@dataclass
+class Generator:
+    """A causal language model that writes. ``hash`` is that of its weights and adapter; ``context`` the most tokens it
+    reads and writes in a row."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    hash: str
+    context: int
+
+    @classmethod
+    def load(
+        cls,
+        source: str = "nano",
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        context: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Self:
+        """``"nano"`` (shipped, speaks the planted worlds' language), or a ``transformers`` folder or hub id.
+
+        ``adapter`` is a LoRA's folder in PEFT's format, merged into the weights; ``context`` is the configuration's
+        unless given. Raises ``DataError`` for what is not there, has no tokenizer, is no causal model, or would need
+        code or pickles.
+        """
+        where = str(shipped("adapters/nano-base") / "language") if source == "nano" else source
+        model, tokenizer = load_causal(where)
+        if adapter is not None:
+            model = adapters.merged(model, Path(adapter))
+        limit = int(getattr(model.config, "max_position_embeddings", 0) or CONTEXT)
+        context = context or (CONTEXT if source == "nano" else limit)
+        name = source if not Path(source).exists() else Path(source).name
+        hashed = weights_hash(model)
+        return cls(model.to(device=device, dtype=dtype).eval(), tokenizer, name, hashed, context)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        """A prompt's tokens: in the model's chat format where its tokenizer has one."""
+        if getattr(self.tokenizer, "chat_template", None):
+            said = [{"role": "user", "content": text}]
+            found = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
+            return list(found["input_ids"])
+        return list(self.tokenizer(text)["input_ids"])
+
+    def generate(
+        self,
+        prompt: Prompt,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = 256,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_tokens: int = TOKENS,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> list[Generated]:
+        """An answer a row, ``rows`` being the prompt's fields.
+
+        Greedy, unless ``sample``: then from the softmax over ``temperature``, cut to ``top_p`` of its mass, seeded.
+        Where the prompt has an ``output`` schema the text is held to it while it is written (``llguidance``), so that
+        any model, trained or not, gives JSON that parses and validates; at ``max_tokens`` open strings, lists and
+        objects are closed. Rows are batched by length, at most ``batch_tokens`` tokens a batch; equal rows are answered
+        once. With ``folder`` answers are kept in a JSON-lines file by model, prompt and settings, written batch by
+        batch: a run that was killed goes on there. A line that was cut off is dropped and written anew.
+
+        Raises ``DataError`` for a row that renders longer than the model's ``context`` allows, for a schema that cannot
+        be held, and for a file of answers with a broken line in its middle.
+        """
+        if max_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1:
+            raise DataError(
+                f"max_tokens={max_tokens} is 1 or more, temperature={temperature} above 0, top_p={top_p} a share"
+            )
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "schema": prompt.output}
+        if sample:
+            settings["sample"] = [temperature, top_p, seed]
+        asked = self._asked(prompt, rows, max_tokens)
+        keys = [content_hash(self.hash, ids, settings) for ids in asked]
+        kept = _Kept(None if folder is None else Path(folder), content_hash(self.hash, prompt.hash, settings))
+        width = self.model.get_output_embeddings().weight.shape[0]
+        grammar = None if prompt.output is None else _Grammar(self.name, self.tokenizer, width, prompt.output)
+        first = {key: n for n, key in reversed(list(enumerate(keys)))}
+        groups = list(_batches({k: len(asked[n]) + max_tokens for k, n in first.items()}, batch_tokens))
+        bar = tqdm(total=len(first), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="answer")
+        written = 0
+        for number, group in enumerate(groups):
+            # drawn numbers are a batch's: one that is kept in part is written anew as a whole
+            if not all(key in kept.found for key in group):
+                drawn = int(stream(seed, "generate", number).generate_state(1)[0])
+                options = {"temperature": temperature, "top_p": top_p} if sample else {}
+                with still(self.model), torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(drawn)
+                    answers = self._write([asked[first[k]] for k in group], max_tokens, sample, options, grammar)
+                kept.add(dict(zip(group, answers, strict=True)))
+                written += sum(a["tokens_out"] for a in answers)
+            bar.update(len(group))
+            if bar.format_dict["elapsed"] > 0:
+                bar.set_postfix_str(f"{written / bar.format_dict['elapsed']:.0f} tokens/s")
+        bar.close()
+        return [self._told(prompt, kept.found[key]) for key in keys]
+
+    def likelihoods(
+        self,
+        prompt: Prompt,
+        rows: Sequence[Mapping[str, Any]],
+        answers: Sequence[str],
+        *,
+        batch_tokens: int = TOKENS,
+        progress: bool = True,
+    ) -> Tensor:
+        """log p(answer | prompt) of each of ``answers`` after each row, (N, A) float32; a sum over an answer's tokens.
+
+        Answers of one token each are read off one pass a row. Raises ``DataError`` for an answer without a token and
+        for a row that is too long.
+        """
+        said = [list(self.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
+        if not said or not all(said):
+            raise DataError(f"answers={list(answers)}: give one or more, each with a token")
+        asked = self._asked(prompt, rows, max(map(len, said)))
+        single = all(len(s) == 1 for s in said)
+        ends: list[list[int]] = [[]] if single else said
+        found = torch.zeros(len(rows), len(said))
+        whole = {(n, a): [*ids, *end[:-1]] for n, ids in enumerate(asked) for a, end in enumerate(ends)}
+        bar = tqdm(total=len(whole), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="row")
+        for group in _batches({k: len(v) for k, v in whole.items()}, batch_tokens):
+            with still(self.model):
+                longest = max(1, *(len(ends[a]) for _, a in group))
+                states = self._last(self._forward([whole[k] for k in group]), longest)
+            for row, (n, a) in enumerate(group):
+                if single:
+                    found[n] = states[row, -1, [s[0] for s in said]]
+                else:
+                    end = ends[a]
+                    found[n, a] = states[row, -len(end) :].gather(1, torch.tensor(end)[:, None]).sum()
+            bar.update(len(group))
+        bar.close()
+        return found
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _asked(self, prompt: Prompt, rows: Sequence[Mapping[str, Any]], more: int) -> list[list[int]]:
+        """The tokens of every row, checked against the context."""
+        asked = []
+        for n, row in enumerate(rows):
+            ids = self.ids(prompt.render(**row))
+            if not ids or len(ids) + more > self.context:
+                raise DataError(
+                    f"row {n} of prompt {prompt.id!r} has {len(ids)} tokens, and {more} to write: {self.name} holds "
+                    f"{self.context}; give shorter or fewer texts"
+                )
+            asked.append(ids)
+        return asked
+
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Tokens padded on the left, and the mask of what is none: (B, L) each."""
+        length = max(map(len, rows))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for n, row in enumerate(rows):
+            ids[n, length - len(row) :] = torch.tensor(row)
+            mask[n, length - len(row) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _forward(self, rows: Sequence[list[int]]) -> Tensor:
+        """Last hidden states (B, L, D), padding on the left."""
+        ids, mask = self._padded(rows)
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        base = self.model.get_decoder()
+        states: Tensor = base(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state
+        return states
+
+    def _last(self, states: Tensor, count: int) -> Tensor:
+        """Log-probabilities of the next token after each of the last ``count`` positions, (B, count, V) on the CPU: the
+        head is the widest layer, and need not see the others."""
+        logits = self.model.get_output_embeddings()(states[:, -count:])
+        return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+    def _write(
+        self,
+        rows: Sequence[list[int]],
+        max_tokens: int,
+        sample: bool,
+        options: Mapping[str, Any],
+        grammar: _Grammar | None,
+    ) -> list[dict[str, Any]]:
+        """Answers of a batch, as they are kept."""
+        ids, mask = self._padded(rows)
+        held = None if grammar is None else _Held(grammar, len(rows), ids.shape[1])
+        end = self.tokenizer.eos_token_id
+        whole = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_tokens,
+            do_sample=sample,
+            logits_processor=[] if held is None else [held],
+            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            eos_token_id=end,
+            use_cache=True,
+            **(dict(options) if sample else {"temperature": None, "top_p": None, "top_k": None}),
+        )
+        answers = []
+        for n, row in enumerate(whole[:, ids.shape[1] :].tolist()):
+            mine = row[: row.index(end)] if end in row else row
+            cut = end not in row
+            if grammar is not None:
+                mine, cut = grammar.finished(mine, end)
+            text = self.tokenizer.decode(mine, skip_special_tokens=grammar is None).strip()
+            answers.append({"text": text, "tokens_in": len(rows[n]), "tokens_out": len(mine) + (not cut), "cut": cut})
+        return answers
+
+    def _told(self, prompt: Prompt, answer: Mapping[str, Any]) -> Generated:
+        value = answer["text"] if prompt.output is None else json.loads(answer["text"])
+        if prompt.output is not None:
+            prompt.check(value)
+        return Generated(answer["text"], value, answer["tokens_in"], answer["tokens_out"], answer["cut"])
+
+
+class _Grammar:
+    """A JSON schema as what may come next, for one tokenizer."""
+
+    def __init__(self, name: str, tokenizer: Any, width: int, schema: Mapping[str, Any]):
+        from llguidance import LLMatcher, LLTokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(f"{name}: only a fast tokenizer can be held to a schema")
+        about = _literal(json.loads(backend.to_str()))
+        tokens = LLTokenizer(json.dumps(about), n_vocab=width, eos_token=tokenizer.eos_token_id)
+        self.first = LLMatcher(tokens, _grammar(schema))
+        if self.first.is_error():
+            raise DataError(f"this output schema cannot be held: {self.first.get_error()}")
+        self.closers = [tokens.tokenize_bytes(c)[0] for c in CLOSERS]
+
+    def start(self) -> Any:
+        """A matcher for one answer."""
+        return self.first.deep_copy()
+
+    def finished(self, tokens: list[int], end: int) -> tuple[list[int], bool]:
+        """An answer's tokens to a whole value, and whether it had to be closed."""
+        matcher, tokens = self.start(), list(tokens)
+        matcher.consume_tokens(tokens)
+        cut = not matcher.is_accepting()
+        while not matcher.is_accepting():
+            following = matcher.compute_ff_tokens()
+            if not following:
+                allowed = _allowed(matcher)
+                following = [next((t for t in self.closers if allowed[t]), int(allowed.argmax()))]
+            if not matcher.consume_tokens(following):
+                raise DataError(f"this output schema cannot be closed: {matcher.get_error()}")
+            tokens += [t for t in following if t != end]
+        return tokens, cut
+
+
+def _literal(about: Any) -> Any:
+    """A tokenizer's description without what changes a text on its way in: a forced ``{`` is to be that, and not a
+    space and it."""
+    if isinstance(about, list):
+        return [_literal(one) for one in about if not (isinstance(one, dict) and one.get("type") == "Lowercase")]
+    if isinstance(about, dict):
+        dropped = {"add_prefix_space": False, "padding": None, "truncation": None}
+        return {k: dropped[k] if k in dropped else _literal(v) for k, v in about.items()}
+    return about
+
+
+def _grammar(schema: Mapping[str, Any]) -> str:
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_flexible": False}))
+
+
+class _Held:
+    """A logits processor that keeps each row of a batch to its grammar."""
+
+    def __init__(self, grammar: _Grammar, rows: int, start: int):
+        self.matchers, self.start = [grammar.start() for _ in range(rows)], start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self.start:
+            for matcher, token in zip(self.matchers, input_ids[:, -1].tolist(), strict=True):
+                if not matcher.is_stopped():
+                    matcher.consume_token(token)
+        allowed = torch.from_numpy(np.stack([_allowed(m)[: scores.shape[1]] for m in self.matchers]))
+        return scores.masked_fill(~allowed.to(scores.device), -math.inf)
+
+
+def _allowed(matcher: Any) -> np.ndarray:
+    """Which tokens may come next, (V,) bool; V rounded up to a whole byte."""
+    return np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little").astype(bool)
+
+
+class _Kept:
+    """Answers by key, and the JSON-lines file they are written to, if any."""
+
+    def __init__(self, folder: Path | None, name: str):
+        self.path = None if folder is None else folder / f"{name}.jsonl"
+        self.found: dict[str, dict[str, Any]] = {}
+        if self.path is None or not self.path.is_file():
+            return
+        whole = self.path.read_bytes()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.splitlines(), 1):
+            try:
+                one = json.loads(line)
+                self.found[one.pop("key")] = {k: one[k] for k in ("text", "tokens_in", "tokens_out", "cut")}
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise DataError(f"{self.path}, line {number}: no answer; remove that line, or the file") from None
+        if len(complete) < len(whole):  # the last line was being written
+            write_atomically(self.path, lambda beside: beside.write_bytes(complete))
+
+    def add(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep the answers that are new, on disk before anything else is done."""
+        new = {k: dict(v) for k, v in answers.items() if k not in self.found}
+        self.found |= new
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps({"key": k, **v}) + "\n" for k, v in new.items())
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _batches(lengths: Mapping[Any, int], tokens: int) -> Iterator[list[Any]]:
+    """Keys in batches of like length, the longest first, each of at most ``tokens`` tokens, padding included, or one
+    row."""
+    group: list[Any] = []
+    widest = 0
+    for key in sorted(lengths, key=lambda k: -lengths[k]):
+        if group and (len(group) + 1) * widest > tokens:
+            yield group
+            group = []
+        widest = widest if group else lengths[key]
+        group.append(key)
+    if group:
+        yield group

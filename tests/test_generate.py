@@ -1,0 +1,173 @@
+"""Generation with a local model: what is written, held to a schema, kept, and taken up again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from mmllmrec.data.interactions import DataError
+from mmllmrec.features import adapters
+from mmllmrec.features.prompts import Prompt, load_prompt
+from mmllmrec.features.towers import load_causal
+from mmllmrec.language.generate import Generator
+from mmllmrec.shipped import shipped
+
+NANO = shipped("adapters/nano-base") / "language"
+SAY = Prompt("say", 1, {"title": "text"}, "An item called {{ title }}.")
+TITLES = ["Calm walnut vase", "Proud brass lamp of a long and winding road", "Bowl", "Tall clay clock, made by hand"]
+ROWS = [{"title": t} for t in TITLES]
+PROFILE = [{"title": t, "text": "", "seen": "", "evidence": []} for t in TITLES]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Generator.load("nano")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A model of random weights, with nano's tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "random"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 23, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=720, max_position_embeddings=512, bos_token_id=2, eos_token_id=3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(NANO / name, folder)
+    return str(folder)
+
+
+def test_a_batch_says_what_each_row_says_alone(nano):
+    together = nano.generate(SAY, ROWS, max_tokens=12, progress=False)
+    assert together == [nano.generate(SAY, [r], max_tokens=12, progress=False)[0] for r in ROWS]
+    assert together == nano.generate(SAY, ROWS, max_tokens=12, batch_tokens=1, progress=False)
+    ids = nano.ids(SAY.render(**ROWS[0]))
+    with torch.no_grad():
+        for _ in range(12):  # greedy, by hand
+            ids.append(int(nano.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert together[0].text == nano.tokenizer.decode(ids[-12:]).strip() and together[0].tokens_out == 12
+
+
+def test_likelihoods_are_the_models(nano):
+    answers = [" lamp", " walnut vase, made by hand", " a"]
+    found = nano.likelihoods(SAY, ROWS, answers, progress=False)
+    for n, row in enumerate(ROWS):
+        for a, answer in enumerate(answers):
+            start, end = nano.ids(SAY.render(**row)), nano.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                steps = torch.log_softmax(nano.model(input_ids=torch.tensor([start + end])).logits[0], dim=-1)
+            expected = sum(float(steps[len(start) + k - 1, t]) for k, t in enumerate(end))
+            assert float(found[n, a]) == pytest.approx(expected, abs=1e-4)
+    single = nano.likelihoods(SAY, ROWS, [" lamp", " a"], progress=False)  # read off one pass
+    torch.testing.assert_close(single, found[:, [0, 2]], atol=1e-4, rtol=1e-4)
+    with pytest.raises(DataError, match="each with a token"):
+        nano.likelihoods(SAY, ROWS, [""], progress=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 400])
+def test_any_model_writes_json_of_the_schema(untrained, tokens):
+    model = Generator.load(untrained, context=600)
+    found = model.generate(load_prompt("item_profile"), PROFILE, max_tokens=tokens, progress=False)
+    for one in found:
+        assert set(one.value) == {"attributes", "audience", "summary"} and json.loads(one.text) == one.value
+        assert len(one.value["attributes"]) <= 6 and len(one.value["summary"]) <= 160
+    assert any(one.cut for one in found) or tokens == 400
+    options = {"sample": True, "temperature": 3.0, "max_tokens": tokens, "progress": False}
+    words = Prompt("w", 1, {"title": "text"}, "{{ title }}", output={"enum": ["Yes", "not at all", 7]})
+    assert {o.value for o in model.generate(words, ROWS, seed=1, **options)} <= {"Yes", "not at all", 7}
+
+
+def test_sampling_is_seeded(untrained):
+    model = Generator.load(untrained)
+
+    def said(seed, **more):
+        return [o.text for o in model.generate(SAY, ROWS, max_tokens=9, seed=seed, progress=False, **more)]
+
+    assert said(0, sample=True) == said(0, sample=True) != said(1, sample=True)
+    assert said(0, sample=True, top_p=1e-6) == said(0)  # the likeliest alone is greedy
+    with pytest.raises(DataError, match="temperature=0"):
+        said(0, sample=True, temperature=0)
+
+
+def test_answers_are_kept_and_a_run_that_was_killed_goes_on(untrained, tmp_path, monkeypatch):
+    model = Generator.load(untrained)
+    options = {"max_tokens": 9, "sample": True, "batch_tokens": 60, "progress": False}
+    whole = model.generate(SAY, ROWS, **options)
+    write, calls = Generator._write, []
+
+    def killed(self, rows, *rest):
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(self, rows, *rest)
+
+    monkeypatch.setattr(Generator, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(SAY, ROWS, folder=tmp_path, **options)
+    (file,) = tmp_path.glob("*.jsonl")
+    kept = file.read_bytes()
+    assert kept.count(b"\n") == calls[0]
+    assert model.generate(SAY, ROWS, folder=tmp_path, **options) == whole
+    assert sum(calls) - calls[1] == len(ROWS)  # no answer was written twice
+    count = len(calls)
+    assert model.generate(SAY, [*ROWS, ROWS[0]], folder=tmp_path, **options) == [*whole, whole[0]]
+    assert len(calls) == count
+    assert model.generate(SAY, ROWS, folder=tmp_path, **{**options, "seed": 1}) != whole
+
+    complete = file.read_bytes()
+    file.write_bytes(complete[: len(complete) // 2])  # the last line of a half is no line
+    assert model.generate(SAY, ROWS, folder=tmp_path, **options) == whole and len(calls) > count
+    assert sorted(file.read_bytes().splitlines()) == sorted(complete.splitlines())
+    file.write_bytes(b"no json\n" + complete)
+    with pytest.raises(DataError, match=r"jsonl, line 1: no answer"):
+        model.generate(SAY, ROWS, folder=tmp_path, **options)
+
+
+def test_an_adapter_is_merged_and_known_by_its_hash(untrained, tmp_path):
+    base = Generator.load(untrained)
+    module, _ = load_causal(untrained)
+    adapted = adapters.attach(module, rank=2, kind="language")
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    adapters.save(adapted, tmp_path / "lora", card={})
+    tuned = Generator.load(untrained, adapter=tmp_path / "lora")
+    ids = torch.tensor([[5, 6, 7, 11, 13]])
+    with torch.no_grad():
+        torch.testing.assert_close(tuned.model(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-3)
+    assert tuned.hash != base.hash and np.isfinite(tuned.likelihoods(SAY, ROWS, [" a"], progress=False)).all()
+    with pytest.raises(DataError, match="holds no adapter"):
+        Generator.load(untrained, adapter=tmp_path)
+
+
+def test_what_cannot_be_loaded_or_held_says_why(untrained, tmp_path):
+    shutil.copytree(untrained, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    with pytest.raises(DataError, match=r"bare.*cannot be loaded"):
+        Generator.load(str(tmp_path / "bare"))
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=720)
+    ).save_pretrained(tmp_path / "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(NANO / name, tmp_path / "bert")
+    with pytest.raises(DataError, match=r"bert.*they would be random"):
+        Generator.load(str(tmp_path / "bert"))
+    model = Generator.load(untrained)
+    with pytest.raises(DataError, match=r"row 1 .* has \d+ tokens, and 9 to write: random holds 512"):
+        model.generate(SAY, [ROWS[0], {"title": "x" * 100_000}], max_tokens=9, progress=False)
+    wrong = Prompt("w", 1, {}, "x", output={"type": "string", "pattern": "("})
+    with pytest.raises(DataError, match="cannot be held"):
+        model.generate(wrong, [{}], progress=False)
+
+
+def test_a_chat_model_is_asked_in_its_format(untrained):
+    model = Generator.load(untrained)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    model.tokenizer.chat_template = template + "{% if add_generation_prompt %}[reply]{% endif %}"
+    said = model.tokenizer.decode(model.ids("hello"))
+    assert said.replace(" ", "") == "[user]hello[reply]"
