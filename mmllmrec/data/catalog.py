@@ -265,6 +265,18 @@ class Catalog:
         }
         return Catalog(rows, ids, features=features, absent=absent, name=self.name)
 
+    def with_features(self, name: str, table: np.ndarray, *, absent: np.ndarray | None = None) -> Catalog:
+        """This catalogue with one more modality ``name``, features computed elsewhere: (I, D); ``absent`` (I,) bool are
+        the items without. Raises ``DataError`` for a modality that is there already."""
+        if name in self.modalities or name in self.dataset.column_names:
+            raise DataError(f"modality {name!r} is in this catalogue already: give the new one another name")
+        gone = {} if absent is None else {name: np.asarray(absent, dtype=bool)}
+        features = {**self.features, name: table}
+        other = Catalog(self.dataset, self.item_ids, features=features, absent=self._absent | gone, name=self.name)
+        other._rows, other._noise = dict(self._rows), dict(self._noise)
+        other._blurred, other._holes, other._pixels = dict(self._blurred), dict(self._holes), dict(self._pixels)
+        return other
+
     # -- controls ---------------------------------------------------------------------------------------------------
 
     def _copy(self, changed: str) -> Catalog:

@@ -1,0 +1,213 @@
+"""Profiles: what is said of an item and of a user, from training events alone.
+
+Two backends write them: keyphrases in a template, which are deterministic and what a language model has to beat, and a
+local language model (``generate``) by the prompts ``item_profile`` and ``user_profile``.
+
+Legend: U users, I items, P phrases.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from mmllmrec.data.catalog import Catalog
+from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.features.prompts import clean, load_prompt
+from mmllmrec.language.generate import Generator
+
+LONGEST = 600  # characters of an item's text that go into a prompt
+LAST = 20  # events of a history that go into a prompt
+WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+STOP = frozenset(
+    WORD.findall(
+        "a an and are as at be been by for from had has have he her his i in into is it its of on or our she so such "
+        "that the their them they this to was we were which who will with you your"
+    )
+)
+
+
+def told(catalog: Catalog, *, seen: Sequence[str] | None = None, longest: int = LONGEST) -> list[str]:
+    """What is said of each item in one line: title and text, and ``seen``, what was written of its picture; empty where
+    there is nothing. A text is cut after ``longest`` characters, at a word."""
+    found = []
+    for n, words in enumerate(catalog.words()):
+        parts = [words["title"], words["text"], seen[n] if seen is not None else ""]
+        found.append(_cut(clean(". ".join(p.strip().rstrip(".") for p in parts if p.strip())), longest))
+    return found
+
+
+def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:
+    """Each user's ``last`` items of training, the oldest first; by place in the catalogue where no times are known."""
+    times = np.zeros(len(train), dtype=np.int64) if train.times is None else train.times
+    order = np.lexsort((train.items, times, train.users))
+    ends = np.cumsum(np.bincount(train.users, minlength=train.n_users))
+    items = train.items[order]
+    return [items[max(end - last, begin) : end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+class Keyphrases:
+    """Words and pairs of words, and how much more a set of items says them than the catalogue does.
+
+    The weight of a phrase in some items is the log-odds ratio with an informative Dirichlet prior of Monroe et al. 2008
+    (eqs. 16 and 22, z-scores), over how many of these items and how many of all train items say it; the prior's size is
+    ``prior`` items.
+    """
+
+    def __init__(self, texts: Sequence[str], *, fit_on: np.ndarray, prior: float = 10.0, least: int = 2):
+        said = [_phrases(t) for t in texts]
+        names = sorted({p for ps in said for p in ps})
+        place = {p: n for n, p in enumerate(names)}
+        cells = [(i, place[p]) for i, ps in enumerate(said) for p in ps]
+        row, column = np.array(cells, dtype=np.int64).reshape(-1, 2).T
+        says = sp.csr_matrix((np.ones(len(cells), dtype=np.float32), (row, column)), shape=(len(texts), len(names)))
+        counts = np.asarray(says[np.asarray(fit_on, dtype=bool)].sum(0)).ravel()
+        # what hardly anything or everything says tells nothing apart
+        kept = (counts >= least) & (counts < max(int(np.sum(fit_on)), 1))
+        self.names = [n for n, k in zip(names, kept, strict=True) if k]
+        self.says, self.counts, self.total, self.prior = says[:, kept], counts[kept], int(np.sum(fit_on)), prior
+
+    def weights(self, of: sp.csr_matrix) -> np.ndarray:
+        """z-scores of all phrases: which items, (N, I) 0 or 1 -> (N, P) float32."""
+        said = np.asarray((of @ self.says).todense())
+        items = np.asarray(of.sum(1))
+        prior = self.prior * self.counts / max(self.total, 1)
+
+        def odds(count: np.ndarray, n: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+            yes, no = count + prior, np.maximum(n - count, 0) + self.prior - prior
+            return np.log(yes / np.maximum(no, 1e-6)), 1 / yes
+
+        (own, spread), (every, base) = odds(said, items), odds(self.counts, float(self.total))
+        found: np.ndarray = ((own - every) / np.sqrt(spread + base)).astype(np.float32)
+        return np.where(said > 0, found, -np.inf)
+
+    def top(self, of: sp.csr_matrix, *, k: int) -> list[list[str]]:
+        """The ``k`` phrases of largest weight for each row of items, none inside another one."""
+        found = []
+        for row in self.weights(of):
+            best: list[str] = []
+            for n in np.argsort(-row, kind="stable")[: 4 * k]:
+                words = set(self.names[n].split())
+                if np.isfinite(row[n]) and not any(words & set(b.split()) for b in best):
+                    best.append(self.names[n])
+                if len(best) == k:
+                    break
+            found.append(best)
+        return found
+
+
+@dataclass
+class Profiles:
+    """What was written: ``items`` a line an item, ``users`` a line a user, empty where there was nothing to write from;
+    ``tokens`` of a language model, read and written."""
+
+    backend: str
+    items: list[str]
+    users: list[str]
+    tokens: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def as_modality(
+        self, catalog: Catalog, encode: Callable[[list[str]], np.ndarray], *, name: str = "profile"
+    ) -> Catalog:
+        """The catalogue with the items' profiles as one more modality ``name``, encoded: texts -> (N, D). An item
+        without a profile lacks it. Any model of the zoo reads it, as it reads every modality."""
+        here = np.array([bool(t) for t in self.items])
+        if not here.any():
+            raise DataError("no item has a profile: there is nothing to encode")
+        rows = np.asarray(encode([t for t in self.items if t]), dtype=np.float32)
+        table = np.zeros((len(self.items), rows.shape[1]), dtype=np.float32)
+        table[here] = rows
+        return catalog.with_features(name, table, absent=~here)
+
+
+def template(train: Interactions, catalog: Catalog, *, seen: Sequence[str] | None = None, phrases: int = 6) -> Profiles:
+    """Profiles of keyphrases: an item's own and those of what its takers took besides; a user's of their history.
+
+    From ``train`` and the catalogue alone. An item without text has a profile where someone took it, a user without an
+    event has none.
+    """
+    texts = told(catalog, seen=seen)
+    found = Keyphrases(texts, fit_on=train.item_counts > 0)
+    took = train.csr
+    likes = found.top(took, k=phrases)
+    own = found.top(sp.identity(len(texts), format="csr", dtype=np.float32), k=phrases)
+    takers = (took.T @ took).tocsr()
+    takers.setdiag(0)
+    takers.data = np.minimum(takers.data, 1)
+    audience = found.top(takers, k=3)
+    items = []
+    for mine, theirs in zip(own, audience, strict=True):
+        parts = [", ".join(mine)] if mine else []
+        parts += [f"for those who like {', '.join(theirs)}"] if theirs else []
+        items.append("; ".join(parts))
+    users = [f"likes {', '.join(mine)}" if mine else "" for mine in likes]
+    return Profiles("template", items, users, about={"phrases": phrases})
+
+
+def written(
+    generator: Generator,
+    train: Interactions,
+    catalog: Catalog,
+    *,
+    seen: Sequence[str] | None = None,
+    evidence: tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]] | None = None,
+    last: int = LAST,
+    max_tokens: int = 160,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Profiles:
+    """Profiles that a language model writes, by the prompts ``item_profile`` and ``user_profile``.
+
+    A user's prompt holds the ``last`` items of training, the oldest first, whatever the history's length; a user
+    without an event is described as one. ``evidence`` are further lines for each item and each user (``retrieve``).
+    An item of which nothing is said has no profile, and no prompt. ``folder`` keeps answers; ``options`` are
+    ``Generator.generate``'s.
+    """
+    texts = told(catalog, seen=seen)
+    words = catalog.words()
+    of_items, of_users = evidence or ([()] * len(texts), [()] * train.n_users)
+    here = [n for n, t in enumerate(texts) if t]
+    asked = {"max_tokens": max_tokens, "folder": folder, "progress": progress, **options}
+    rows = [
+        {
+            "title": words[n]["title"],
+            "text": _cut(clean(words[n]["text"]), LONGEST),
+            "seen": seen[n] if seen is not None else "",
+            "evidence": list(of_items[n]),
+        }
+        for n in here
+    ]
+    answers = generator.generate(load_prompt("item_profile"), rows, **asked)
+    items = [""] * len(texts)
+    for n, one in zip(here, answers, strict=True):
+        items[n] = clean("; ".join([*one.value["attributes"], one.value["audience"], one.value["summary"]]))
+    said = histories(train, last=last)
+    rows = [
+        {"history": [texts[i] for i in items_of if texts[i]], "evidence": list(of_users[u])}
+        for u, items_of in enumerate(said)
+    ]
+    of = generator.generate(load_prompt("user_profile"), rows, **asked)
+    users = [clean("; ".join([*one.value["likes"], one.value["summary"]])) for one in of]
+    tokens = sum(one.tokens_in + one.tokens_out for one in (*answers, *of))
+    return Profiles(generator.name, items, users, tokens, {"model": generator.hash, "last": last})
+
+
+def _phrases(text: str) -> set[str]:
+    """Words and pairs of neighbouring words of a text, in lower case, none of them common words alone."""
+    words = [w.lower() for w in WORD.findall(text)]
+    single = {w for w in words if w not in STOP}
+    pairs = {f"{a} {b}" for a, b in pairwise(words) if a not in STOP and b not in STOP}
+    return single | pairs
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
