@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -189,7 +190,77 @@ class Generator:
         bar.close()
         return found
 
+    def permutations(
+        self,
+        prompt: Prompt,
+        rows: Sequence[Mapping[str, Any]],
+        labels: Sequence[Sequence[str]],
+        *,
+        batch_tokens: int = TOKENS,
+        progress: bool = True,
+    ) -> list[Generated]:
+        """Each row's ``labels``, in the order in which the model writes them: greedy, but that only those are open that
+        are left, a comma after each. ``value`` is that order, always all of the labels, each once.
+
+        Raises ``DataError`` for labels of which one begins with another, and for a row that is too long.
+        """
+        known = sorted({label for some in labels for label in some})
+        spelled = {t: tuple(self.tokenizer(f" {t}", add_special_tokens=False)["input_ids"]) for t in known}
+        comma = self.tokenizer(",", add_special_tokens=False)["input_ids"][-1]
+        for one, other in product(known, known):
+            if one != other and spelled[other][: len(spelled[one])] == spelled[one]:
+                raise DataError(f"labels {one!r} and {other!r}: {self.name} cannot tell where the first one ends")
+        more = {n: sum(len(spelled[t]) + 1 for t in some) for n, some in enumerate(labels)}
+        asked = self._asked(prompt, rows, max(more.values(), default=0))
+        found: dict[int, Generated] = {}
+        bar = tqdm(total=len(rows), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="list")
+        for group in _batches({n: len(ids) + more[n] for n, ids in enumerate(asked)}, batch_tokens):
+            with still(self.model):
+                orders = self._ordered([asked[n] for n in group], [labels[n] for n in group], spelled, comma)
+            for n, order in zip(group, orders, strict=True):
+                found[n] = Generated(", ".join(order), order, len(asked[n]), more[n], False)
+            bar.update(len(group))
+        bar.close()
+        return [found[n] for n in range(len(rows))]
+
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _ordered(
+        self,
+        rows: Sequence[list[int]],
+        labels: Sequence[Sequence[str]],
+        spelled: Mapping[str, tuple[int, ...]],
+        comma: int,
+    ) -> list[list[str]]:
+        """The labels of a batch in the order in which they are written, a token a step."""
+        left, orders = [list(some) for some in labels], [list[str]() for _ in labels]
+        begun: list[tuple[int, ...]] = [() for _ in labels]  # what of a label is written
+        ids, mask = self._padded(rows)
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        past: Any = None
+        while any(left):
+            out = self.model.get_decoder()(
+                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=past, use_cache=True
+            )
+            past = out.past_key_values
+            scores = self._last(out.last_hidden_state, 1)[:, 0]
+            written = []
+            for row, (some, order) in enumerate(zip(left, orders, strict=True)):
+                size = len(begun[row])
+                open_ = sorted({spelled[t][size] for t in some if spelled[t][:size] == begun[row]})
+                # after a label, a comma; and commas, which nobody reads, when a row is through
+                if not some or (order and not size and int(ids[row, -1]) != comma):
+                    written.append(comma)
+                    continue
+                written.append(open_[int(scores[row, open_].argmax())])
+                begun[row] = (*begun[row], written[-1])
+                if done := [t for t in some if spelled[t] == begun[row]]:
+                    order.append(some.pop(some.index(done[0])))
+                    begun[row] = ()
+            ids = torch.tensor(written, device=self.device)[:, None]
+            mask = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
+            places = places[:, -1:] + 1
+        return orders
 
     def _asked(self, prompt: Prompt, rows: Sequence[Mapping[str, Any]], more: int) -> list[list[int]]:
         """The tokens of every row, checked against the context."""

@@ -1,0 +1,232 @@
+"""Re-ranking: the first places of any scorer, put in another order by a language model.
+
+Legend: B users, N candidates of each, I items.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.evaluation.ranking import Lists, frozen, name_of, top
+from mmllmrec.features.prompts import Prompt, load_prompt
+from mmllmrec.language.generate import Generator
+from mmllmrec.language.profiles import LAST, histories
+from mmllmrec.language.retrieve import Retriever
+from mmllmrec.seed import generator as numbers
+
+MODES = ("pointwise", "listwise")
+LABELS = string.ascii_lowercase
+YES, NO = " yes", " no"
+
+
+@dataclass
+class Reranked:
+    """The first ``n`` items of a scorer, in the order a language model gives them; a scorer itself.
+
+    ``scorer`` ranks (``evaluation.ranking.Scorer``), items of ``train`` left out; what it puts after the first ``n``
+    stays where it is. The model reads the user's ``last`` training items, of which ``texts`` (I,) say what they are,
+    with ``users``, a profile a user (``profiles``), and evidence of a ``retriever``, where given.
+
+    ``mode="pointwise"``: each candidate is judged alone, by log p(yes) - log p(no) after the prompt ``pointwise``.
+    ``mode="listwise"``: the model writes the candidates' letters, the best first, held to a permutation of them, after
+    the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. With ``reasoning`` it first
+    writes what speaks for and against (``preference_reasoning``). A model without a sense of the task orders at random.
+
+    ``calibrate`` takes from a pointwise judgement what the model says of the same candidate for nobody in particular:
+    what a text says of itself, that it is the best or that the answer is yes, then counts for nothing. ``blend`` is the
+    weight of the model's judgement against the scorer's own (each standardised within the list; 1: the model alone).
+
+    Whatever the texts say, the outcome is a permutation of the candidates. ``tokens`` and ``seconds`` add up what was
+    spent. Raises ``DataError`` for an unknown mode, and for a listwise ``n`` above 26, the letters there are.
+    """
+
+    scorer: Any
+    language: Generator
+    train: Interactions
+    texts: Sequence[str]
+    n: int = 20
+    mode: str = "pointwise"
+    reasoning: bool = False
+    calibrate: bool = True
+    blend: float = 1.0
+    passes: int = 1
+    last: int = LAST
+    users: Sequence[str] | None = None
+    retriever: Retriever | None = None
+    prompt: Prompt | str | Path | None = None
+    folder: str | os.PathLike[str] | None = None
+    seed: int = 0
+    progress: bool = True
+    label: str | None = None
+    loss_name: str = "-"
+    tokens: int = 0
+    seconds: float = 0.0
+    judged: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise DataError(f"mode={self.mode!r}: one of {MODES}")
+        most = len(LABELS) if self.mode == "listwise" else self.train.n_items
+        if not 2 <= self.n <= most:
+            raise DataError(f"n={self.n}: {self.mode} re-ranks 2 to {most} candidates")
+        if not 0 <= self.blend <= 1 or self.passes < 1:
+            raise DataError(f"blend={self.blend} is a share, passes={self.passes} at least 1")
+        if len(self.texts) != self.train.n_items:
+            raise DataError(f"{len(self.texts)} texts: there are {self.train.n_items} items")
+        asked = self.mode if self.prompt is None else self.prompt
+        self._prompt = asked if isinstance(asked, Prompt) else load_prompt(asked)
+        self._said, self._frozen = histories(self.train, last=self.last), frozen(self.scorer)
+
+    @property
+    def name(self) -> str:
+        """The scorer's name and what re-ranks it."""
+        how = self.mode + (", reasoning" if self.reasoning else "")
+        return self.label or f"{name_of(self.scorer)} + {self.language.name} ({how})"
+
+    def score(self, users: np.ndarray) -> Tensor:
+        """(B,) -> (B, I): the scorer's own scores, those of the first ``n`` dealt out anew."""
+        users = np.asarray(users)
+        lists = self.rerank(np.unique(users))
+        scores = self._own(users)
+        for row, user in enumerate(users):
+            place = int(np.searchsorted(lists.users, user))
+            items = lists.items[place][lists.real[place]]
+            scores[row, items] = scores[row, items].sort(descending=True).values
+        return scores
+
+    def rerank(self, users: np.ndarray) -> Lists:
+        """The first ``n`` of some users (B,) ascending, in the new order; judged once a user."""
+        users = np.asarray(users)
+        new = np.array([u for u in users if int(u) not in self.judged], dtype=np.int64)
+        if len(new):
+            first = top(self._frozen, new, self.train.n_items, seen=self.train.csr, k=self.n, seed=self.seed)
+            began = time.perf_counter()
+            values = self._judge(first)
+            self.seconds += time.perf_counter() - began
+            values = self._blended(first, values)
+            for row, user in enumerate(new):
+                order = np.argsort(-values[row], kind="stable")
+                self.judged[int(user)] = first.items[row][order], first.real[row][order]
+        found = [self.judged[int(u)] for u in users]
+        shape = (len(users), min(self.n, self.train.n_items))
+        items = np.array([i for i, _ in found], dtype=np.int64).reshape(shape)
+        return Lists(users, items, np.array([r for _, r in found], dtype=bool).reshape(shape))
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _own(self, users: np.ndarray) -> Tensor:
+        """The scorer's scores, (B,) -> (B, I), ours to write to."""
+        if hasattr(self._frozen, "embed"):
+            of_users, of_items = (x.detach().float().cpu() for x in self._frozen.embed())
+            return of_users[torch.from_numpy(users)] @ of_items.T
+        return torch.as_tensor(self._frozen.score(users)).detach().float().cpu().clone()
+
+    def _judge(self, lists: Lists) -> np.ndarray:
+        """A value a candidate, larger is better: (B, N)."""
+        return self._pointwise(lists) if self.mode == "pointwise" else self._listwise(lists)
+
+    def _blended(self, lists: Lists, values: np.ndarray) -> np.ndarray:
+        """Judgements (B, N), mixed with the scorer's own; what is no candidate stays last."""
+        if self.blend < 1:
+            own = np.stack(
+                [self._own(np.array([u]))[0, i].numpy() for u, i in zip(lists.users, lists.items, strict=True)]
+            )
+            values = self.blend * _standard(values, lists.real) + (1 - self.blend) * _standard(own, lists.real)
+        return np.where(lists.real, values, -np.inf)
+
+    def _fields(self, lists: Lists) -> list[dict[str, Any]]:
+        """What the prompts say of each user."""
+        evidence = [[e.said for e in es] for es in self.retriever.alike(lists.users)] if self.retriever else None
+        return [
+            {
+                "profile": self.users[u] if self.users is not None else "",
+                "history": [self.texts[i] for i in self._said[u] if self.texts[i]],
+                "evidence": evidence[row] if evidence is not None else [],
+            }
+            for row, u in enumerate(lists.users)
+        ]
+
+    def _pointwise(self, lists: Lists) -> np.ndarray:
+        fields = self._fields(lists)
+        cells = np.argwhere(lists.real)
+        items = lists.items[tuple(cells.T)]
+        rows = [
+            {**fields[b], "candidate": self.texts[i], "reasoning": ""} for (b, _), i in zip(cells, items, strict=True)
+        ]
+        if self.reasoning:
+            for row, thought in zip(rows, self._thoughts(rows), strict=True):
+                row["reasoning"] = thought
+        values = np.zeros(lists.items.shape)
+        values[tuple(cells.T)] = self._leaning(rows)
+        if self.calibrate:
+            which, where = np.unique(items, return_inverse=True)
+            nobody = {"profile": "", "history": [], "evidence": [], "reasoning": ""}
+            alone = self._leaning([{**nobody, "candidate": self.texts[i]} for i in which])
+            values[tuple(cells.T)] -= alone[where]
+        return values
+
+    def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """log p(yes) - log p(no) of prompts."""
+        found = self.language.likelihoods(self._prompt, rows, (YES, NO), progress=self.progress)
+        self.tokens += sum(len(self.language.ids(self._prompt.render(**row))) for row in rows)
+        return (found[:, 0] - found[:, 1]).double().numpy()
+
+    def _listwise(self, lists: Lists) -> np.ndarray:
+        fields = self._fields(lists)
+        if self.reasoning:
+            asked = [
+                {**f, "candidate": "; ".join(self.texts[i] for i in items[real])}
+                for f, items, real in zip(fields, lists.items, lists.real, strict=True)
+            ]
+            thoughts = self._thoughts(asked)
+        else:
+            thoughts = [""] * len(fields)
+        places = np.zeros(lists.items.shape)
+        for turn in range(self.passes):
+            shown = [self._shown(int(u), turn, int(r.sum())) for u, r in zip(lists.users, lists.real, strict=True)]
+            rows = []
+            for f, items, order, thought in zip(fields, lists.items, shown, thoughts, strict=True):
+                listed = [{"label": LABELS[n], "item": self.texts[items[c]]} for n, c in enumerate(order)]
+                rows.append({**f, "candidates": listed, "reasoning": thought})
+            answers = self.language.permutations(
+                self._prompt, rows, [LABELS[: len(o)] for o in shown], progress=self.progress
+            )
+            self.tokens += sum(a.tokens_in + a.tokens_out for a in answers)
+            for b, (order, answer) in enumerate(zip(shown, answers, strict=True)):
+                for place, letter in enumerate(answer.value):
+                    places[b, order[LABELS.index(letter)]] -= place
+        return places
+
+    def _shown(self, user: int, turn: int, count: int) -> np.ndarray:
+        """The order in which a user's candidates are shown: a permutation of 0 .. count - 1, drawn, so that where a
+        candidate stood says nothing."""
+        return numbers(self.seed, "shown", user, turn).permutation(count)
+
+    def _thoughts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What a model writes for and against before it judges."""
+        asked = [{k: row[k] for k in ("history", "candidate", "evidence")} for row in rows]
+        options: dict[str, Any] = {"max_tokens": 48, "folder": self.folder, "progress": self.progress}
+        answers = self.language.generate(load_prompt("preference_reasoning"), asked, **options)
+        self.tokens += sum(a.tokens_in + a.tokens_out for a in answers)
+        return [f"for: {a.value['for']}; against: {a.value['against']}" for a in answers]
+
+
+def _standard(values: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Mean 0 and deviation 1 within each row's real places."""
+    count = np.maximum(real.sum(axis=1, keepdims=True), 1)
+    mean = np.where(real, values, 0).sum(axis=1, keepdims=True) / count
+    apart = np.where(real, values - mean, 0)
+    spread = np.sqrt((apart**2).sum(axis=1, keepdims=True) / count)
+    found: np.ndarray = apart / np.where(spread > 0, spread, 1.0)
+    return found

@@ -1,0 +1,140 @@
+"""Re-ranking: always a permutation of the candidates, in the order that the model's own numbers say."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.evaluation.ranking import rank, top
+from mmllmrec.features.prompts import load_prompt
+from mmllmrec.language.generate import Generator
+from mmllmrec.language.rerank import NO, YES, Reranked
+from tests.planted import Table
+
+U, ITEMS = 7, 23
+TITLES = [
+    f"{m} {k}" for m in ("walnut", "brass", "linen", "glass") for k in ("vase", "lamp", "bowl", "clock", "bag", "chair")
+]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Generator.load("nano")
+
+
+@pytest.fixture(scope="module")
+def train():
+    cells = np.random.default_rng(0).choice(U * ITEMS, 41, replace=False)
+    cells = cells[cells // ITEMS != 6]  # the last user has taken nothing
+    return Interactions(cells // ITEMS, cells % ITEMS, None, IdMap(range(U)), IdMap(range(ITEMS), what="item id"))
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return np.random.default_rng(1).permutation(U * ITEMS).reshape(U, ITEMS).astype(np.float32)
+
+
+def test_permutations_are_the_models_own_order(nano):
+    prompt = load_prompt("next_title")
+    rows = [{"profile": "", "history": TITLES[:n], "evidence": []} for n in (1, 3, 2)]
+    labels = ["abcdef", "abc", "abcdefg"]
+    found = nano.permutations(prompt, rows, labels, progress=False)
+    comma = nano.tokenizer(",", add_special_tokens=False)["input_ids"][-1]
+    for row, some, one in zip(rows, labels, found, strict=True):
+        ids, left = nano.ids(prompt.render(**row)), list(some)
+        for label in one.value:  # by hand, without a cache: no label that is left would have been likelier, greedily
+            spelled = {t: nano.tokenizer(f" {t}", add_special_tokens=False)["input_ids"] for t in left}
+            for n, token in enumerate(spelled[label]):
+                with torch.no_grad():
+                    step = nano.model(input_ids=torch.tensor([ids])).logits[0, -1]
+                others = {s[n] for s in spelled.values() if s[:n] == spelled[label][:n]}
+                assert float(step[token]) == pytest.approx(max(float(step[o]) for o in others), abs=1e-4)
+                ids.append(token)
+            ids.append(comma)
+            left.remove(label)
+        assert not left
+    with pytest.raises(DataError, match=r"'a' and 'a vase'"):
+        nano.permutations(prompt, rows[:1], [["a", "a vase"]], progress=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "listwise"}, {"mode": "listwise", "passes": 3}, {"blend": 0.5}])
+def test_the_first_places_are_permuted_and_nothing_else(nano, train, scores, options):
+    n = 9
+    made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=n, progress=False, **options)
+    users = np.arange(U)
+    before = top(Table(scores), users, ITEMS, seen=train.csr, k=ITEMS)
+    after = top(made, users, ITEMS, seen=train.csr, k=ITEMS)
+    for row in range(U):
+        count = int(before.real[row].sum())
+        one, other = before.items[row, :count], after.items[row, :count]
+        assert sorted(one[:n]) == sorted(other[:n]) and (one[n:] == other[n:]).all()
+    assert (before.items[:, :n] != after.items[:, :n]).any() and made.tokens > 0
+    again = made.score(np.array([3, 1]))
+    torch.testing.assert_close(again, made.score(users)[[3, 1]])  # whoever is asked for
+    assert (np.sort(again.numpy()) == np.sort(scores[[3, 1]])).all()
+
+
+def test_pointwise_is_yes_against_no_less_what_the_text_says_of_itself(nano, train, scores):
+    prompt = load_prompt("pointwise")
+    nobody = {"profile": "", "history": [], "evidence": [], "reasoning": ""}
+    for calibrate in (False, True):
+        made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=5, calibrate=calibrate, last=4, progress=False)
+        found = made.rerank(np.array([2]))
+        first = top(Table(scores), np.array([2]), ITEMS, seen=train.csr, k=5).items[0]
+        history = [TITLES[i] for i in sorted(train.csr[2].indices)[-4:]]
+        values = []
+        for item in first:
+            rows = [{**nobody, "history": history, "candidate": TITLES[item]}, {**nobody, "candidate": TITLES[item]}]
+            said = nano.likelihoods(prompt, rows, (YES, NO), progress=False)
+            lean = said[:, 0] - said[:, 1]
+            values.append(float(lean[0] - lean[1] if calibrate else lean[0]))
+        assert found.items[0].tolist() == first[np.argsort(-np.array(values))].tolist()
+
+
+def test_blend_0_is_the_scorer_and_few_candidates_are_enough(nano, train, scores):
+    same = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=6, blend=0.0, progress=False)
+    torch.testing.assert_close(same.score(np.arange(U)), torch.from_numpy(scores))
+    cells = np.array([(u, i) for u in range(2) for i in range(ITEMS - 1 - u)])  # one and two candidates are left
+    ids = IdMap(range(2)), IdMap(range(ITEMS), what="item id")
+    full = Interactions(cells[:, 0], cells[:, 1], None, *ids)
+    for mode in ("pointwise", "listwise"):
+        made = Reranked(Table(scores[:2]), nano, full, TITLES[:ITEMS], n=6, mode=mode, progress=False)
+        found = top(made, np.arange(2), ITEMS, seen=full.csr, k=6)
+        assert found.real.sum(1).tolist() == [1, 2]
+        assert [set(i[r]) for i, r in zip(found.items, found.real, strict=True)] == [{22}, {21, 22}]
+
+
+def test_reasoning_is_written_before_the_judgement_and_kept(nano, train, scores, tmp_path):
+    options = {"n": 3, "last": 2, "reasoning": True, "folder": tmp_path, "progress": False}
+    made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], **options)
+    plain = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=3, last=2, progress=False)
+    made.rerank(np.arange(2)), plain.rerank(np.arange(2))
+    (file,) = tmp_path.glob("*.jsonl")
+    assert len(file.read_text().splitlines()) == 6 and made.tokens > plain.tokens
+    listed = Reranked(Table(scores), nano, train, TITLES[:ITEMS], mode="listwise", **options)
+    assert listed.rerank(np.arange(2)).items.shape == (2, 3)
+    assert "listwise, reasoning" in listed.name
+
+
+def test_an_evaluation_takes_it_as_a_scorer(nano, train, scores):
+    held = np.array([(u, i) for u in range(U) for i in range(ITEMS) if not train.csr[u, i]])[::9]
+    positives = Interactions(held[:, 0], held[:, 1], None, train.user_ids, train.item_ids)
+    made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=8, progress=False)
+    one = rank(Table(scores), positives, seen=train.csr, k=8).per_user("recall@8")
+    other = rank(made, positives, seen=train.csr, k=8).per_user("recall@8")
+    np.testing.assert_allclose(one, other)  # the same eight
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mode": "setwise"}, "setwise"),
+        ({"mode": "listwise", "n": 27}, "2 to 26"),
+        ({"n": 1}, "2 to 23"),
+        ({"blend": 1.5}, "blend=1.5"),
+        ({"texts": ["x"]}, "1 texts"),
+    ],
+)
+def test_what_cannot_be_re_ranked_says_why(nano, train, scores, options, says):
+    with pytest.raises(DataError, match=says):
+        Reranked(Table(scores), nano, train, **{"texts": TITLES[:ITEMS], **options})
