@@ -1,0 +1,156 @@
+"""Instruction data from training events, and a model that learns from it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.evaluation.ranking import Lists, top
+from mmllmrec.features import adapters
+from mmllmrec.language import instruct
+from mmllmrec.language.generate import Generator
+from mmllmrec.language.rerank import NO, YES
+from mmllmrec.training import causal
+from mmllmrec.training.causal import answer_loss, fit_causal
+from tests.planted import Table
+
+U, ITEMS = 41, 24
+KINDS = ("vase", "lamp", "bowl", "clock", "bag", "chair")
+MATERIALS = ("walnut", "brass", "linen", "glass")
+TITLES = [f"{m} {k}" for m in MATERIALS for k in KINDS]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Generator.load("nano")
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Every user takes things of one material alone, four of six; one of the two left is held out."""
+    rng = np.random.default_rng(0)
+    kept, held = [], []
+    for user in range(U):
+        mine = 6 * (user % 4) + rng.permutation(6)
+        kept += [(user, i) for i in mine[:4]]
+        held.append((user, mine[4]))
+    ids = IdMap(range(U)), IdMap(range(ITEMS), what="item id")
+    train, valid = (Interactions(*np.array(cells).T, None, *ids) for cells in (kept, held))
+    scores = rng.random((U, ITEMS)).astype(np.float32)  # a first stage that knows nothing
+    return train, valid, scores, top(Table(scores), np.arange(U), ITEMS, seen=train.csr, k=ITEMS)
+
+
+def test_examples_ask_what_training_knows(world):
+    train, _, _, first = world
+    some = instruct.examples(train, TITLES, first, per_user=3, negatives=2, listed=5, last=2)
+    tasks = [e.task for e in some]
+    assert tasks.count("pointwise") == 3 * 3 * U and tasks.count("listwise") == tasks.count("next_title") == 3 * U
+    users = np.repeat(np.arange(U), len(some) // U)
+    for user, one in zip(users, some, strict=True):
+        taken = {TITLES[i] for i in train.csr[user].indices}
+        history = one.fields["history"]
+        assert len(history) == 2 and set(history) < taken
+        if one.task == "pointwise":
+            assert (one.fields["candidate"] in taken) == (one.answer == YES) and one.answer in (YES, NO)
+            assert one.fields["candidate"] not in history
+        if one.task == "pairwise":
+            both = [one.fields["first"], one.fields["second"]]
+            assert [b in taken for b in both] == [c == one.answer.strip() for c in "ab"]
+        if one.task == "next_title":
+            assert one.answer.strip() in taken - set(history)
+        if one.task == "listwise":
+            said = {c["label"]: c["item"] for c in one.fields["candidates"]}
+            order = one.answer.strip().split(", ")
+            assert sorted(order) == sorted(said) == list("abcde")
+            assert [said[x] in taken for x in order] == [True] + [False] * 4
+    firsts = [e.answer for e in some if e.task == "pairwise"]
+    assert 0.2 < firsts.count(" a") / len(firsts) < 0.8
+    assert some == instruct.examples(train, TITLES, first, per_user=3, negatives=2, listed=5, last=2)
+    for wrong, says in (({"tasks": ["setwise"]}, "setwise"), ({"listed": 27}, "2 to 26")):
+        with pytest.raises(DataError, match=says):
+            instruct.examples(train, TITLES, first, **wrong)
+    none = Lists(np.arange(0), np.zeros((0, 3), int), np.zeros((0, 3), bool))
+    with pytest.raises(DataError, match="nothing to ask"):
+        instruct.examples(train, [""] * ITEMS, none)
+
+
+def test_a_tuned_model_is_kept_and_loaded_again(nano, world, tmp_path):
+    train, _, _, first = world
+    some = instruct.examples(train, TITLES, first, tasks=("pointwise",), per_user=1)
+    tuned = instruct.instruct(nano, some, folder=tmp_path / "lora", epochs=2, lr=5e-3, progress=False)
+    loaded = Generator.load("nano", adapter=tmp_path / "lora")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, tuned.model(ids).logits, atol=1e-4, rtol=1e-3)
+    assert tuned.hash != nano.hash == Generator.load("nano").hash  # the base is as it was
+
+
+def rows(nano, count=40):
+    say = [nano.tokenizer(f" {t}", add_special_tokens=False)["input_ids"] for t in TITLES]
+    return [(say[n % 24], [*say[(n + 5) % 24], 3]) for n in range(count)]
+
+
+def adapted(nano):
+    torch.manual_seed(0)
+    return adapters.attach(copy.deepcopy(nano.model), rank=2, kind="language")
+
+
+def test_the_loss_is_the_answers_alone(nano):
+    some = rows(nano, 7)
+    total = count = 0
+    for prompt, answer in some:
+        with torch.no_grad():
+            steps = torch.log_softmax(nano.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0], dim=-1)
+        total -= sum(float(steps[len(prompt) + k - 1, t]) for k, t in enumerate(answer))
+        count += len(answer)
+    for tokens in (1, 20, 8192):
+        assert answer_loss(nano.model, some, batch_tokens=tokens) == pytest.approx(total / count, abs=1e-4)
+
+
+def test_a_run_that_was_cut_off_ends_as_it_would_have(nano, tmp_path, monkeypatch):
+    some, held = rows(nano)[8:], rows(nano)[:8]
+    options = {"valid": held, "epochs": 3, "batch_tokens": 60, "lr": 1e-2, "progress": False}
+    whole = fit_causal(adapted(nano), some, **options)
+    assert whole.history["valid loss"].iloc[-1] < whole.history["valid loss"].iloc[0]
+    assert -whole.best_score == pytest.approx(answer_loss(whole.model, held), abs=1e-5)
+    real, calls = causal._tensors, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(causal, "_tensors", killed)
+    asked = {**options, "folder": tmp_path / "run", "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        fit_causal(adapted(nano), some, **asked)
+    again = fit_causal(adapted(nano), some, **asked)
+    assert again.history["valid loss"].tolist() == whole.history["valid loss"].tolist()
+    for (name, one), (_, other) in zip(again.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(DataError, match="other lr"):
+        fit_causal(adapted(nano), some, **{**asked, "lr": 2e-2})
+
+
+def test_what_cannot_be_trained_says_why(nano, world):
+    train, _, _, first = world
+    some = rows(nano, 3)
+    for wrong, says in (
+        ({"rows": []}, "rows: there is none"),
+        ({"valid": [([], [3])]}, "valid: row 0 has no prompt"),
+        ({"rows": [([5], [])]}, "rows: row 0"),
+    ):
+        with pytest.raises(DataError, match=says):
+            fit_causal(adapted(nano), **{"rows": some, "valid": some, **wrong})
+    frozen = copy.deepcopy(nano.model).requires_grad_(False)
+    with pytest.raises(DataError, match="attach a LoRA"):
+        fit_causal(frozen, some, valid=some)
+    few = instruct.examples(train, TITLES, first, tasks=("pointwise",), per_user=1)[:1]
+    with pytest.raises(DataError, match="give more examples"):
+        instruct.instruct(nano, few)
+    long = [instruct.Example("next_title", {"profile": "", "evidence": [], "history": ["x" * 9000]}, " y")]
+    with pytest.raises(DataError, match=r"example 0 \(next_title\) has \d+ tokens"):
+        instruct.rows_of(nano, long)
