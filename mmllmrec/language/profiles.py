@@ -44,6 +44,11 @@ def told(catalog: Catalog, *, seen: Sequence[str] | None = None, longest: int = 
     return found
 
 
+def line(attributes: Sequence[str], audience: str) -> str:
+    """An item's profile in one line, as it stands in histories and lists of candidates."""
+    return clean(", ".join(part for part in (*attributes, audience) if part.strip()))
+
+
 def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:
     """Each user's ``last`` items of training, the oldest first; by place in the catalogue where no times are known."""
     times = np.zeros(len(train), dtype=np.int64) if train.times is None else train.times
@@ -167,10 +172,10 @@ def written(
 ) -> Profiles:
     """Profiles that a language model writes, by the prompts ``item_profile`` and ``user_profile``.
 
-    A user's prompt holds the ``last`` items of training, the oldest first, whatever the history's length; a user
-    without an event is described as one. ``evidence`` are further lines for each item and each user (``retrieve``).
-    An item of which nothing is said has no profile, and no prompt. ``folder`` keeps answers; ``options`` are
-    ``Generator.generate``'s.
+    A user's prompt holds the profiles of the ``last`` items of training, the oldest first, whatever the history's
+    length; a user without an event is described as one. ``evidence`` are further lines for each item and each user
+    (``retrieve``). An item of which nothing is said has no profile, and no prompt. ``folder`` keeps answers;
+    ``options`` are ``Generator.generate``'s.
     """
     texts = told(catalog, seen=seen)
     words = catalog.words()
@@ -189,10 +194,10 @@ def written(
     answers = generator.generate(load_prompt("item_profile"), rows, **asked)
     items = [""] * len(texts)
     for n, one in zip(here, answers, strict=True):
-        items[n] = clean("; ".join([*one.value["attributes"], one.value["audience"], one.value["summary"]]))
+        items[n] = line(one.value["attributes"], one.value["audience"])
     said = histories(train, last=last)
     rows = [
-        {"history": [texts[i] for i in items_of if texts[i]], "evidence": list(of_users[u])}
+        {"history": [items[i] for i in items_of if items[i]], "evidence": list(of_users[u])}
         for u, items_of in enumerate(said)
     ]
     of = generator.generate(load_prompt("user_profile"), rows, **asked)

@@ -1,0 +1,241 @@
+"""Makes ``adapters/nano-writer``: a small causal language model that answers the prompts of this library in the planted
+worlds' language.
+
+``python -m mmllmrec.language.writer adapters/nano-writer`` trains it on both planted worlds, made with seeds that no
+dataset in notebooks or benchmarks uses: to say what items are, to write profiles of items and users, to weigh what
+speaks for and against an item, to describe what is missing and to explain with evidence. It is not taught to judge:
+yes or no, one of two, and the order of a list are left to instruction tuning on the data at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmllmrec.data.atelier import atelier
+from mmllmrec.data.atelier.words import Vocabulary
+from mmllmrec.features.prompts import load_prompt, prompts
+from mmllmrec.language.profiles import histories, line, told
+from mmllmrec.runcard import RunCard, write_atomically
+from mmllmrec.seed import generator, seed_everything
+from mmllmrec.training.causal import Row, fit_causal
+from mmllmrec.training.nano import Recipe as Nano
+from mmllmrec.training.nano import tokenizer
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
+TASKS = {"item_profile": 2, "user_profile": 3, "preference_reasoning": 4, "missing_modality": 1, "explanation": 2}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights."""
+
+    items: int = 3000  # a world
+    users: int = 1500
+    events: int = 45_000
+    seeds: tuple[int, int] = (1_000_103, 1_000_133)  # of the two worlds
+    vocabulary: int = 1536
+    rows: int = 30_000
+    epochs: int = 2
+    batch_tokens: int = 16_384
+    lr: float = 3e-3
+    seed: int = 0
+
+
+class Shop:
+    """One planted world as a writer sees it: what is said of each item, and what it is."""
+
+    def __init__(self, name: str, seed: int, recipe: Recipe):
+        sizes = {"n_items": recipe.items, "n_users": recipe.users, "n_events": recipe.events}
+        world = atelier(name, seed=seed, missing=0.0, modalities=("text",), **sizes)  # type: ignore[arg-type]
+        captions = world.captions()
+        self.words = world.catalog.words()
+        self.seen = captions
+        self.texts = told(world.catalog, seen=captions)
+        self.histories = [h for h in histories(world.interactions) if len(h) > 3]
+        rows = [dict(zip(world.table, map(int, row), strict=True)) for row in zip(*world.table.values(), strict=True)]
+        self.traits = [_traits(world.vocabulary, row) for row in rows]
+        self.lines = [line(t[:6], f"for {t[6]}") for t in self.traits]  # as a written profile says it, in a history
+        counts = Counter(t for traits in self.traits for t in traits)
+        self.share = {t: n / len(self.traits) for t, n in counts.items()}
+
+
+def _traits(v: Vocabulary, row: dict[str, int]) -> list[str]:
+    """What an item is, in words: what is written of it, then what is seen."""
+    written = [v.materials[row["material"]], v.kinds[row["kind"]], v.makers[row["maker"]][0]]
+    seen = [list(v.hues)[row["hue"]], v.patterns[row["pattern"]], f"{v.backdrops[row['backdrop']]} backdrop"]
+    return [*written, *seen, v.occasions[row["occasion"]]]
+
+
+def answers(shop: Shop, rng: np.random.Generator, count: int) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """``count`` tasks with their answers: the prompt's name, its fields, and the value to be written."""
+    names, weights = list(TASKS), np.array(list(TASKS.values()), dtype=float)
+    for name in rng.choice(names, count, p=weights / weights.sum()):
+        yield str(name), *getattr(_Answers, name)(shop, rng)
+
+
+class _Answers:
+    """One of each task."""
+
+    @staticmethod
+    def item_profile(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+        item = int(rng.integers(len(shop.texts)))
+        traits, words = shop.traits[item], shop.words[item]
+        says, sees = rng.random() > 0.15, rng.random() > 0.3
+        if not (says or sees):
+            says = True
+        known = [t for n, t in enumerate(traits[:6]) if (says if n < 3 else sees) or (n == 1)]
+        fields = {"title": words["title"], "text": words["text"]} if says else {"title": "", "text": ""}
+        look = " ".join(traits[3:5]) if sees else ""
+        summary = f"a {f'{look} ' if look else ''}{traits[0] if says else ''} {traits[1]}"
+        audience = f"for {traits[6]}" if says else "anyone"
+        value = {"attributes": known, "audience": audience, "summary": " ".join(summary.split())}
+        return {**fields, "seen": shop.seen[item] if sees else "", "evidence": _others(shop, rng, 2)}, value
+
+    @staticmethod
+    def user_profile(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+        history = _history(shop, rng)
+        likes = _likes(shop, history)
+        value = {"likes": likes[:6], "summary": f"likes {', '.join(likes[:3])}" if likes else "likes many things"}
+        return {"history": [shop.lines[i] for i in history], "evidence": _others(shop, rng, 1)}, value
+
+    @staticmethod
+    def preference_reasoning(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+        history, item = _history(shop, rng), int(rng.integers(len(shop.texts)))
+        counts = Counter(t for i in history for t in shop.traits[i])
+        usual = {t: shop.share[t] * len(history) for t in shop.traits[item]}
+        pro = [t for t in shop.traits[item] if counts[t] > usual[t]]
+        con = [t for t in shop.traits[item] if counts[t] <= usual[t]]
+        value = {"for": ", ".join(pro) or "nothing", "against": ", ".join(con) or "nothing"}
+        said = {"history": [shop.lines[i] for i in history], "candidate": shop.lines[item]}
+        return {**said, "evidence": _others(shop, rng, 1)}, value
+
+    @staticmethod
+    def missing_modality(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+        item = int(rng.integers(len(shop.texts)))
+        traits, words = shop.traits[item], shop.words[item]
+        near = [i for i in rng.integers(0, len(shop.texts), 40) if shop.traits[i][1] == traits[1]][:3]
+        looks = Counter(t for i in near for t in shop.traits[i][3:5])
+        often = [t for t, n in looks.most_common(2) if n > 1]
+        fields = {"title": words["title"], "text": words["text"], "missing": "picture"}
+        value = {"description": " ".join(["a", *often, traits[1]])}
+        return {**fields, "neighbours": [shop.lines[i] for i in near]}, value
+
+    @staticmethod
+    def explanation(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+        history, item = _history(shop, rng), int(rng.integers(len(shop.texts)))
+        like = sorted(history, key=lambda i: -len(set(shop.traits[i]) & set(shop.traits[item])))[:3]
+        lines = [shop.lines[item], *(f"you took {shop.lines[i]}" for i in like)]
+        evidence = [{"label": f"e{n}", "said": text} for n, text in enumerate(lines, 1)]
+        sentences = [{"text": f"it is a {shop.traits[item][0]} {shop.traits[item][1]}", "cites": ["e1"]}]
+        for n, i in enumerate(like[:2], 2):
+            both = [t for t in shop.traits[item] if t in shop.traits[i]]
+            if both:
+                sentences.append({"text": f"what you took is {both[0]} as well", "cites": [f"e{n}"]})
+        return {"item": shop.lines[item], "evidence": evidence}, {"sentences": sentences}
+
+
+def _history(shop: Shop, rng: np.random.Generator) -> list[int]:
+    """A part of someone's history."""
+    whole = shop.histories[int(rng.integers(len(shop.histories)))]
+    return [int(i) for i in whole[-int(rng.integers(3, len(whole) + 1)) :]]
+
+
+def _likes(shop: Shop, history: Sequence[int]) -> list[str]:
+    """What a history has more often than the shop, the clearest first."""
+    counts = Counter(t for i in history for t in shop.traits[i])
+    n = len(history)
+
+    def clear(trait: str) -> float:
+        usual = shop.share[trait]
+        return float((counts[trait] - n * usual) / np.sqrt(n * usual * (1 - usual)))
+
+    return sorted((t for t in counts if counts[t] > 1 and clear(t) > 1), key=lambda t: (-clear(t), t))
+
+
+def _others(shop: Shop, rng: np.random.Generator, most: int) -> list[str]:
+    return [shop.lines[int(i)] for i in rng.integers(0, len(shop.lines), int(rng.integers(0, most + 1)))]
+
+
+def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
+    """Train the writer and write ``folder`` at once: the model, its tokenizer and card.json. ``work`` keeps
+    checkpoints: a run that was cut off goes on."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    seed_everything(recipe.seed)
+    shops = [Shop(n, s, recipe) for n, s in zip(("atelier", "atelier-b"), recipe.seeds, strict=True)]
+    rng = generator(recipe.seed, "writer")
+    tasks = [one for shop in shops for one in answers(shop, rng, recipe.rows // 2)]
+    ready = {name: load_prompt(name) for name in prompts()}
+    asked = [(ready[name].render(**fields), json.dumps(value, separators=(",", ":"))) for name, fields, value in tasks]
+    made: list[RunCard] = []
+
+    def make(beside: Path) -> None:
+        beside.mkdir(parents=True)
+        letters = " ".join(f"{c}," for c in "abcdefghijklmnopqrstuvwxyz")
+        questions = [ready[n].template for n in ready]
+        corpus = [f"{q} {a}" for q, a in asked[:: max(len(asked) // 6000, 1)]]
+        tokenizer(beside, [*corpus, *questions * 20, *[letters] * 50], Nano(vocabulary=recipe.vocabulary))
+        tok = AutoTokenizer.from_pretrained(beside)
+        config = LlamaConfig(
+            vocab_size=len(tok), tie_word_embeddings=True, pad_token_id=0, bos_token_id=2, eos_token_id=3, **SIZES
+        )
+        seed_everything(recipe.seed)
+        model = LlamaForCausalLM(config)
+        rows: list[Row] = [
+            (tok(q)["input_ids"], [*tok(a, add_special_tokens=False)["input_ids"], tok.eos_token_id]) for q, a in asked
+        ]
+        rows += [([tok.bos_token_id], [*tok(t)["input_ids"], tok.eos_token_id]) for s in shops for t in s.texts]
+        aside = np.arange(len(rows)) % 40 == 39
+        run = fit_causal(
+            model,
+            [r for r, a in zip(rows, aside, strict=True) if not a],
+            valid=[r for r, a in zip(rows, aside, strict=True) if a],
+            epochs=recipe.epochs,
+            batch_tokens=recipe.batch_tokens,
+            lr=recipe.lr,
+            weight_decay=0.05,
+            folder=work,
+            seed=recipe.seed,
+            name="nano-writer",
+        )
+        model.save_pretrained(beside)
+        card = RunCard(
+            kind="pretrain",
+            name="nano-writer",
+            seed=recipe.seed,
+            data=f"atelier and atelier-b, seeds {recipe.seeds}, {recipe.items} items and {recipe.users} users each",
+            settings={**asdict(recipe), **SIZES, "tasks": TASKS, "command": COMMAND},
+            metrics={"answers_nats": round(-run.best_score, 4)},
+            seconds=run.seconds,
+            peak_memory_mb=run.card.peak_memory_mb,
+        )
+        card.save(beside / "card.json")
+        made.append(card)
+
+    write_atomically(folder, make)
+    return made[0]
+
+
+COMMAND = "python -m mmllmrec.language.writer adapters/nano-writer"
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--work", type=Path, help="where checkpoints go; a run that was cut off goes on")
+    given = parser.parse_args()
+    print(json.dumps(train(given.folder, Recipe(), work=given.work).as_dict(), indent=1))
