@@ -50,7 +50,7 @@ def captions(
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (vision.mean, vision.std))
     before, _, after = load_prompt("item").render(title=MARK, text="").partition(IMAGE)
     table = model.get_input_embeddings()
-    around = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after.split(MARK)[0])]
+    around = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after.split(MARK)[0].rstrip())]
     ends = [table(torch.tensor(ids)) for ids in around]
     found, pixels = [""] * len(catalog), catalog.pixels(vision.size)
     here = np.flatnonzero(catalog.present("image"))
