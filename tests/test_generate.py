@@ -67,6 +67,24 @@ def test_likelihoods_are_the_models(nano):
         nano.likelihoods(SAY, ROWS, [""], progress=False)
 
 
+@pytest.mark.parametrize("answers", [[" yes", " no"], [" a walnut vase", " no"]])
+@pytest.mark.parametrize("tokens", [1, 200, 8192])
+def test_what_rows_share_is_read_once(nano, monkeypatch, answers, tokens):
+    ask = Prompt("ask", 1, {"history": "texts", "title": "text"}, "{{ history | join(' ') }} then {{ title }} taken?")
+    rows = [{"history": TITLES[: 1 + h] * (1 + 2 * h), "title": t} for h in range(4) for t in TITLES]
+    rows.append(rows[0])
+    counted = []
+    whole = Generator._read
+    monkeypatch.setattr(
+        Generator, "_read", lambda self, group, *rest: counted.append(group) or whole(self, group, *rest)
+    )
+    found = nano.likelihoods(ask, rows, answers, batch_tokens=tokens, progress=False)
+    shared = [(size, len(some)) for group in counted for size, some in group if size]
+    assert tokens == 1 or (shared and max(n for _, n in shared) > 3)
+    monkeypatch.setattr("mmllmrec.language.generate.SHARED", 10**6)  # every row by itself
+    torch.testing.assert_close(found, nano.likelihoods(ask, rows, answers, progress=False), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40, 400])
 def test_any_model_writes_json_of_the_schema(untrained, tokens):
     model = Generator.load(untrained, context=600)

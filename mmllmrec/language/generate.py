@@ -28,6 +28,7 @@ from mmllmrec.seed import stream
 from mmllmrec.shipped import shipped
 
 TOKENS = 8192  # of a batch, those to be written among them
+SHARED = 16  # tokens that rows must begin with alike to be read together
 CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
 CLOSERS = (b'"', b"]", b"}")  # what ends a string, a list, an object, in the order in which it is tried
 
@@ -171,22 +172,22 @@ class Generator:
         if not said or not all(said):
             raise DataError(f"answers={list(answers)}: give one or more, each with a token")
         asked = self._asked(prompt, rows, max(map(len, said)))
-        single = all(len(s) == 1 for s in said)
-        ends: list[list[int]] = [[]] if single else said
+        single = all(len(end) == 1 for end in said)
+        ends: list[list[int]] = [said[0]] if single else said
+        whole = [[*ids, *end[:-1]] for ids in asked for end in ends]
+        counts = [len(end) for _ in asked for end in ends]
         found = torch.zeros(len(rows), len(said))
-        whole = {(n, a): [*ids, *end[:-1]] for n, ids in enumerate(asked) for a, end in enumerate(ends)}
         bar = tqdm(total=len(whole), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="row")
-        for group in _batches({k: len(v) for k, v in whole.items()}, batch_tokens):
+        for group in _grouped(whole, counts, batch_tokens):
             with still(self.model):
-                longest = max(1, *(len(ends[a]) for _, a in group))
-                states = self._last(self._forward([whole[k] for k in group]), longest)
-            for row, (n, a) in enumerate(group):
+                told = self._read(group, whole, counts)
+            for place, steps in told:
+                n, a = divmod(place, len(ends))
                 if single:
-                    found[n] = states[row, -1, [s[0] for s in said]]
+                    found[n] = steps[-1, [end[0] for end in said]]
                 else:
-                    end = ends[a]
-                    found[n, a] = states[row, -len(end) :].gather(1, torch.tensor(end)[:, None]).sum()
-            bar.update(len(group))
+                    found[n, a] = steps.gather(1, torch.tensor(ends[a])[:, None]).sum()
+            bar.update(len(told))
         bar.close()
         return found
 
@@ -285,13 +286,33 @@ class Generator:
             mask[n, length - len(row) :] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _forward(self, rows: Sequence[list[int]]) -> Tensor:
-        """Last hidden states (B, L, D), padding on the left."""
-        ids, mask = self._padded(rows)
-        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        base = self.model.get_decoder()
-        states: Tensor = base(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state
-        return states
+    def _read(
+        self, group: Sequence[tuple[int, list[int]]], rows: Sequence[list[int]], counts: Sequence[int]
+    ) -> list[tuple[int, Tensor]]:
+        """Log-probabilities of the tokens that follow the last ``counts`` places of some rows, each (count, V).
+
+        ``group`` are numbers of tokens that rows share at their beginning, and the numbers of these rows: what they
+        share is read once.
+        """
+        base, places = self.model.get_decoder(), [n for _, some in group for n in some]
+        past: Any = None
+        mask = torch.zeros(len(places), 0, dtype=torch.long, device=self.device)
+        if any(size for size, _ in group):
+            ids, shared = self._padded([rows[some[0]][:size] for size, some in group])
+            order = (shared.cumsum(dim=1) - 1).clamp(min=0)
+            past = base(input_ids=ids, attention_mask=shared, position_ids=order, use_cache=True).past_key_values
+            owner = torch.tensor([g for g, (_, some) in enumerate(group) for _ in some], device=self.device)
+            past.batch_select_indices(owner)
+            mask = shared[owner]
+        rest = [rows[n][size:] for size, some in group for n in some]
+        ids, own = self._padded(rest)
+        order = mask.sum(dim=1, keepdim=True) + (own.cumsum(dim=1) - 1).clamp(min=0)
+        mask = torch.cat([mask, own], dim=1)
+        out = base(
+            input_ids=ids, attention_mask=mask, position_ids=order, past_key_values=past, use_cache=past is not None
+        )
+        steps = self._last(out.last_hidden_state, max(counts[n] for n in places))
+        return [(n, steps[row, -counts[n] :]) for row, n in enumerate(places)]
 
     def _last(self, states: Tensor, count: int) -> Tensor:
         """Log-probabilities of the next token after each of the last ``count`` positions, (B, count, V) on the CPU: the
@@ -443,6 +464,39 @@ class _Kept:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _grouped(rows: Sequence[list[int]], counts: Sequence[int], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Rows that follow one another and begin alike, told as (how many tokens they share, their numbers), in batches.
+
+    ``counts`` are how many places at a row's end must be read apart. A batch's rows hold at most 4 ``tokens`` tokens
+    with what they share, which is a cache and not read again, or are one group.
+    """
+    groups: list[tuple[int, list[int]]] = []
+    for n, row in enumerate(rows):
+        if groups:
+            size, some = groups[-1]
+            most = min(size if len(some) > 1 else len(rows[some[0]]) - counts[some[0]], len(row) - counts[n])
+            alike = next((k for k in range(most) if row[k] != rows[some[0]][k]), most)
+            longest = max(len(rows[m]) for m in (*some, n))
+            if alike >= max(SHARED, longest // 2) and (len(some) + 1) * longest <= 4 * tokens:
+                groups[-1] = alike, [*some, n]
+                continue
+        groups.append((0, [n]))
+    batch: list[tuple[int, list[int]]] = []
+    widest = held = 0
+    for size, some in sorted(groups, key=lambda g: (g[0], len(rows[g[1][0]]))):
+        longest = max(len(rows[n]) for n in some)
+        widest = max(widest, longest)
+        # those that share nothing are read as they are, and kept apart from those that do
+        limit = 4 * tokens if size else tokens
+        if batch and ((held + len(some)) * widest > limit or bool(size) != bool(batch[0][0])):
+            yield batch
+            batch, widest, held = [], longest, 0
+        batch.append((size, some))
+        held += len(some)
+    if batch:
+        yield batch
 
 
 def _batches(lengths: Mapping[Any, int], tokens: int) -> Iterator[list[Any]]:
