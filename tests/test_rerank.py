@@ -94,6 +94,11 @@ def test_pointwise_is_yes_against_no_less_what_the_text_says_of_itself(nano, tra
 def test_blend_0_is_the_scorer_and_few_candidates_are_enough(nano, train, scores):
     same = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=6, blend=0.0, progress=False)
     torch.testing.assert_close(same.score(np.arange(U)), torch.from_numpy(scores))
+    spent = same.tokens
+    other = same.blended(0.7)
+    whole = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=6, blend=0.7, progress=False)
+    torch.testing.assert_close(other.score(np.arange(U)), whole.score(np.arange(U)))
+    assert other.tokens == spent > 0  # judged once
     cells = np.array([(u, i) for u in range(2) for i in range(ITEMS - 1 - u)])  # one and two candidates are left
     ids = IdMap(range(2)), IdMap(range(ITEMS), what="item id")
     full = Interactions(cells[:, 0], cells[:, 1], None, *ids)

@@ -41,9 +41,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Question:
-    """A comparison: its rows, the split of a seed, scorers beside the rows (``beside``), further metrics of a seed's
-    runs (``more``), the claims that are judged, and sentences on the finished answer (``notes``). ``first`` is the
-    system whose controls at test are rows. Settings are searched on the validation part of ``search``'s split."""
+    """A comparison: its rows, the split of a seed, scorers beside the rows (``beside``, or what makes them of a seed's
+    runs), further metrics of a seed's runs (``more``), the claims that are judged, and sentences on the finished answer
+    (``notes``). ``first`` is the system whose controls at test are rows. Settings are searched on the validation part
+    of ``search``'s split."""
 
     name: str
     title: str
@@ -53,7 +54,7 @@ class Question:
     claims: Sequence[Claim] = ()
     controls: tuple[str, ...] = ()
     first: str = "Unified"
-    beside: Sequence[Any] = ()
+    beside: Sequence[Any] | Callable[[Split, Mapping[str, Any], int], Sequence[Any]] = ()
     more: Callable[[Split, Mapping[str, Any], int], dict[str, list[float]]] = lambda split, runs, seed: {}
     notes: Callable[[Answer], list[str]] = field(default=lambda answer: [])
     search: Callable[[RecDataset], Split] = field(default=lambda data: splits.cold_items(data, seed=0))
@@ -125,7 +126,7 @@ def ask(
             seed=seed,
             folder=where,
             first=question.first,
-            beside=question.beside,
+            beside=(lambda runs: question.beside(split, runs, seed)) if callable(question.beside) else question.beside,
             more=more,
             about=about,
             places={r.name: fits.place(r, split, seed) for r in rows},

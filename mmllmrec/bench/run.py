@@ -121,7 +121,7 @@ def run_seed(
     seed: int,
     folder: Path,
     first: str | None = None,
-    beside: Sequence[Any] = (),
+    beside: Sequence[Any] | Callable[[Mapping[str, Any]], Sequence[Any]] = (),
     more: Callable[[dict[str, Any], Any], Mapping[str, Sequence[float]]] | None = None,
     about: Mapping[str, Any] | None = None,
     places: Mapping[str, Path] | None = None,
@@ -133,10 +133,11 @@ def run_seed(
     """Fit and test every entry on one split under one seed; the report's card, and the report beside it.
 
     ``first`` (the last entry without it) is the report's first system, whose controls are asked for, and whose model is
-    kept in ``folder/model``; ``beside`` are further scorers. ``more`` gets the runs by name and the report, and gives
-    further metrics for the card, ``"system | row | metric": [value, ...]``; ``about`` is what they depend on.
-    ``places`` are folders of fits, by name, that lie elsewhere than in ``folder``. ``quick`` bounds the epochs (smoke
-    tests); ``done`` is called with the name of each entry when it is fitted; ``command`` is what the card says to run.
+    kept in ``folder/model``; ``beside`` are further scorers, or what makes them of the runs by name. ``more`` gets the
+    runs and the report, and gives further metrics for the card, ``"system | row | metric": [value, ...]``; ``about`` is
+    what they depend on. ``places`` are folders of fits, by name, that lie elsewhere than in ``folder``. ``quick``
+    bounds the epochs (smoke tests); ``done`` is called with the name of each entry when it is fitted; ``command`` is
+    what the card says to run.
     """
     from mmllmrec.evaluation.report import evaluate
     from mmllmrec.training.fit import fit
@@ -164,7 +165,7 @@ def run_seed(
     named = {name: Named(name, run) for name, run in runs.items()}
     leader = named.pop(first or entries[-1].name)
     controls = next(e.controls for e in entries if e.name == leader.name)
-    against = [*named.values(), *beside]
+    against = [*named.values(), *(beside(runs) if callable(beside) else beside)]
     report = evaluate(leader, split, against=against, on="test", mask=mask, controls=controls, seed=seed)
     report.card.settings |= {"bench": key, "fit": asked, "command": command}
     if more is not None:

@@ -18,23 +18,33 @@ from mmllmrec.data.interactions import DataError, Interactions
 @dataclass
 class Batch:
     """users (B,), items (B,), negatives (B, K) or None: int64 tensors of internal ids. ``by_item``: all events of some
-    items, as ``item_blocks`` makes them. ``pool`` (C,): the distinct items of the whole batch, ascending, of whose
-    events ``whole`` (2, N) this process (``rank`` of ``world``) holds a share. ``chunk``: how many items a model that
-    reads content encodes at once, None for all."""
+    items, as ``item_blocks`` makes them. A process (``rank`` of ``world``) may hold a share of the rows; ``pool`` and
+    ``whole`` are the whole batch's. ``chunk``: how many items a model that reads content encodes at once, None for
+    all."""
 
     users: torch.Tensor
     items: torch.Tensor
     negatives: torch.Tensor | None = None
     by_item: bool = False
-    pool: torch.Tensor | None = None
-    whole: torch.Tensor | None = None
     rank: int = 0
     world: int = 1
     chunk: int | None = None
+    _pool: torch.Tensor | None = None
+    _whole: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.pool is None:
-            self.pool, self.whole = self.items.unique(), torch.stack([self.users, self.items])
+    @property
+    def pool(self) -> torch.Tensor:
+        """The distinct items of the whole batch, ascending, (C,): found when asked for, which only some models do."""
+        if self._pool is None:
+            self._pool = self.items.unique()
+        return self._pool
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """Users and items of the whole batch's events, (2, N)."""
+        if self._whole is None:
+            self._whole = torch.stack([self.users, self.items])
+        return self._whole
 
     def __len__(self) -> int:
         return len(self.users)
@@ -52,8 +62,9 @@ class Batch:
             return self
         mine = slice(rank, None, world) if rank < len(self) else slice(0, 1)
         negatives = None if self.negatives is None else self.negatives[mine]
+        users, items, pool, whole = self.users[mine], self.items[mine], self.pool, self.whole
         return replace(
-            self, users=self.users[mine], items=self.items[mine], negatives=negatives, rank=rank, world=world
+            self, users=users, items=items, negatives=negatives, rank=rank, world=world, _pool=pool, _whole=whole
         )
 
 
@@ -76,7 +87,6 @@ def in_batch(train: Interactions, batch: Batch, *, same: torch.Tensor | None = N
     needs none.
     """
     items, whole = batch.pool, batch.whole
-    assert items is not None and whole is not None
     target = torch.searchsorted(items, batch.items)
     where = items.cpu().numpy()
     mask = torch.from_numpy(train.csr[batch.users.cpu().numpy()][:, where].toarray() > 0).to(items.device)
@@ -133,7 +143,9 @@ def sample_negatives(
     todo = np.arange(len(owner))
     while todo.size:
         key = owner[todo] * n_items + drawn[todo]
-        place = np.minimum(np.searchsorted(known, key), len(known) - 1)
+        place, order = np.empty(len(key), dtype=np.int64), np.argsort(key)
+        # looked up in ascending order, one after another in memory: a fifth of the time where there are many
+        place[order] = np.minimum(np.searchsorted(known, key[order]), len(known) - 1)
         todo = todo[known[place] == key]
         drawn[todo] = draw(len(todo))
     return drawn.reshape(-1, k)

@@ -46,7 +46,6 @@ def encode_pool(encode: Encode, batch: Batch) -> Tensor:
     processes than there are.
     """
     pool, rank, world = batch.pool, batch.rank, batch.world
-    assert pool is not None
     run: Encode = encode if batch.chunk is None else lambda items: in_chunks(encode, items, size=batch.chunk or 0)
     if world == 1:
         return run(pool)

@@ -9,7 +9,7 @@ import os
 import string
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Reranked:
     loss_name: str = "-"
     tokens: int = 0
     seconds: float = 0.0
-    judged: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    judged: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -114,14 +114,20 @@ class Reranked:
             began = time.perf_counter()
             values = self._judge(first)
             self.seconds += time.perf_counter() - began
-            values = self._blended(first, values)
             for row, user in enumerate(new):
-                order = np.argsort(-values[row], kind="stable")
-                self.judged[int(user)] = first.items[row][order], first.real[row][order]
-        found = [self.judged[int(u)] for u in users]
+                self.judged[int(user)] = first.items[row], first.real[row], values[row]
         shape = (len(users), min(self.n, self.train.n_items))
-        items = np.array([i for i, _ in found], dtype=np.int64).reshape(shape)
-        return Lists(users, items, np.array([r for _, r in found], dtype=bool).reshape(shape))
+        parts = list(zip(*(self.judged[int(u)] for u in users), strict=True)) or [(), (), ()]
+        items, real = np.array(parts[0], dtype=np.int64).reshape(shape), np.array(parts[1], dtype=bool).reshape(shape)
+        values = self._blended(Lists(users, items, real), np.array(parts[2], dtype=float).reshape(shape))
+        order = np.argsort(-values, axis=1, kind="stable")
+        return Lists(users, np.take_along_axis(items, order, axis=1), np.take_along_axis(real, order, axis=1))
+
+    def blended(self, blend: float) -> Reranked:
+        """The same with another ``blend``; what was judged is not judged again."""
+        other = replace(self, blend=blend, scorer=self._frozen)
+        other.judged = self.judged
+        return other
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmllmrec.data.interactions import Interactions
-from mmllmrec.models.vectors import VectorModel, rows_of
+from mmllmrec.models.vectors import VectorModel, rows_of, rows_of_each
 
 
 class BPR(VectorModel):
@@ -29,4 +29,4 @@ class BPR(VectorModel):
             nn.init.xavier_normal_(table.weight)
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
-        return rows_of(self.users.weight, users), *(rows_of(self.items.weight, i) for i in items)
+        return rows_of(self.users.weight, users), *rows_of_each(self.items.weight, *items)

@@ -17,7 +17,7 @@ from mmllmrec import losses
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph
-from mmllmrec.models.vectors import VectorModel, batch_rows, rows_of
+from mmllmrec.models.vectors import VectorModel, batch_rows, rows_of, rows_of_each
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Encoded:
         """Rows, as ``VectorModel.vectors`` gives them."""
         if self.places is not None:
             users, items = self.places[0][users], tuple(self.places[1][i] for i in items)
-        return rows_of(self.users, users), *(rows_of(self.items, i) for i in items)
+        return rows_of(self.users, users), *rows_of_each(self.items, *items)
 
     def held(self, users: Tensor, items: Tensor, sizes: tuple[int, int]) -> Self:
         """The same, told whose rows it has: distinct users and items, of so many in all."""
@@ -83,7 +83,7 @@ class EncodedModel(VectorModel):
 
     def ends(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The distinct users and the distinct items, negatives and the pool among them, that a step's loss reads."""
-        items = [batch.items, *(x.flatten() for x in (batch.pool, batch.negatives) if x is not None)]
+        items = [batch.pool, *([] if batch.negatives is None else [batch.negatives.flatten()])]
         return batch.users.unique(), torch.cat(items).unique()
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ class GraphModel(VectorModel):
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         all_users, all_items = self.graph(*self.own())
-        return rows_of(all_users, users), *(rows_of(all_items, i) for i in items)
+        return rows_of(all_users, users), *rows_of_each(all_items, *items)
 
     def with_history(self, history: Interactions) -> Self:
         """The same weights on the graph of other events: a node new to it takes its neighbours' embeddings."""

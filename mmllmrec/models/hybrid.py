@@ -365,7 +365,6 @@ class Hybrid(Recommender):
         mine = users[place] == batch.users
         numbers = users.cpu().numpy()
         rows = self.train_data.csr[numbers].toarray() > 0
-        assert batch.whole is not None
         taking, taken = batch.whole.cpu().numpy()
         where = np.minimum(np.searchsorted(numbers, taking), len(numbers) - 1)
         own = numbers[where] == taking
@@ -419,7 +418,7 @@ class Hybrid(Recommender):
 
     def log_candidates(self, batch: Batch) -> float:
         """log of the number of candidates a positive is picked from: the loss of a model that knows nothing."""
-        return float(np.log(len(batch.pool)))  # type: ignore[arg-type]
+        return float(np.log(len(batch.pool)))
 
     def weights(self) -> dict[str, Tensor]:
         """Everything but the bank, which only training reads."""

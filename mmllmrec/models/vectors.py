@@ -149,7 +149,7 @@ class VectorModel(Recommender):
 
     def log_candidates(self, batch: Batch) -> float:
         """log of the number of candidates a positive is picked from: the loss of a model that knows nothing."""
-        return math.log(1 + self.negatives if self.log_scale is None else len(batch.pool))  # type: ignore[arg-type]
+        return math.log(1 + self.negatives if self.log_scale is None else len(batch.pool))
 
     # -- other events -----------------------------------------------------------------------------------------------
 
@@ -188,10 +188,20 @@ def rows_of(table: Tensor, which: Tensor | slice) -> Tensor:
     return table.index_select(0, which.flatten()).view(*which.shape, *table.shape[1:])
 
 
+def rows_of_each(table: Tensor, *which: Tensor | slice) -> tuple[Tensor, ...]:
+    """``rows_of`` for several lists at once: the backward then fills one table of zeros, and adds to it, for all."""
+    if any(isinstance(w, slice) for w in which) or len(which) == 1:
+        return tuple(rows_of(table, w) for w in which)
+    lists = [w for w in which if isinstance(w, Tensor)]
+    found = rows_of(table, torch.cat([w.flatten() for w in lists])).split([w.numel() for w in lists])
+    return tuple(part.view(*w.shape, *table.shape[1:]) for part, w in zip(found, lists, strict=True))
+
+
 def batch_rows(batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of a batch's users, items and negatives: (U, D), (I, D) -> (B, D), (B, D), (B, K, D)."""
     assert batch.negatives is not None
-    return rows_of(users, batch.users), rows_of(items, batch.items), rows_of(items, batch.negatives)
+    taken, others = rows_of_each(items, batch.items, batch.negatives)
+    return rows_of(users, batch.users), taken, others
 
 
 def _bpr(u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:

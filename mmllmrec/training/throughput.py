@@ -129,7 +129,6 @@ def _works(model: Unified, batch: Batch) -> dict[str, Callable[[], object]]:
     """What is timed, by its name."""
     settings = model.fit_defaults
     optimiser = torch.optim.AdamW(model.parameter_groups(settings["lr"]), fused=True)
-    assert batch.pool is not None
     pool = batch.pool
 
     def encode() -> None:
