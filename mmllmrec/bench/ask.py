@@ -118,7 +118,7 @@ def ask(
             bar.set_description(f"{question.name}: seed {seed}, {name}")
             bar.update()
 
-        where = place / f"seed{seed}"
+        where, beside = place / f"seed{seed}", question.beside
         fresh = bar.n
         card = run_seed(
             split,
@@ -126,7 +126,7 @@ def ask(
             seed=seed,
             folder=where,
             first=question.first,
-            beside=(lambda runs: question.beside(split, runs, seed)) if callable(question.beside) else question.beside,
+            beside=(lambda runs: beside(split, runs, seed)) if callable(beside) else beside,
             more=more,
             about=about,
             places={r.name: fits.place(r, split, seed) for r in rows},
