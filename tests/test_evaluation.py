@@ -136,6 +136,11 @@ def test_the_best_columns_are_those_of_a_full_stable_sort(columns, k):
         np.testing.assert_array_equal(column[np.isfinite(value)], order[np.isfinite(value)])
 
 
+def test_no_users_is_an_empty_ranking(scores):
+    found = rank(Table(scores), events(0.05, 1), seen=None, k=5, users=np.zeros(0, dtype=int))
+    assert found.items.shape == (0, 5) and len(found.per_user("recall@5")) == 0
+
+
 def test_a_masked_item_never_counts():
     positives = events(0.2, 8)
     everything_seen = positives.csr.copy()

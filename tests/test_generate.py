@@ -98,6 +98,38 @@ def test_any_model_writes_json_of_the_schema(untrained, tokens):
     assert {o.value for o in model.generate(words, ROWS, seed=1, **options)} <= {"Yes", "not at all", 7}
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "email"},
+        {"type": "object", "properties": {"p": {"type": "string", "pattern": "^[0-9]+ EUR$"}}, "required": ["p"]},
+        {"type": "string", "pattern": "^a*b$"},
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 2, 6])
+def test_an_answer_that_was_cut_comes_to_an_end(untrained, schema, tokens):
+    model = Generator.load(untrained)
+    held = Prompt("held", 1, {"title": "text"}, "{{ title }}", output=schema)
+    for one in model.generate(held, ROWS, max_tokens=tokens, progress=False):
+        assert json.loads(one.text) == one.value
+
+
+def test_marks_of_the_tokenizer_in_a_text_are_words(nano):
+    for mark in ("<eos>", "<bos>", "<pad>"):
+        ids = nano.ids(SAY.render(title=f'Lamp" {mark} x'))
+        assert not set(ids) & {0, 1, 2, 3} and "eos" in nano.tokenizer.decode(nano.ids("<eos>"))
+
+
+def test_a_schemas_order_is_the_answers(untrained, tmp_path):
+    model, found = Generator.load(untrained), []
+    for names in (["why", "answer"], ["answer", "why"]):
+        schema = {"type": "object", "properties": {n: {"type": "string", "maxLength": 3} for n in names}}
+        schema |= {"required": names, "additionalProperties": False}
+        held = Prompt("held", 1, {"title": "text"}, "{{ title }}", output=schema)
+        found.append(model.generate(held, ROWS[:1], max_tokens=30, folder=tmp_path, progress=False)[0])
+    assert [list(one.value) for one in found] == [["why", "answer"], ["answer", "why"]]
+
+
 def test_sampling_is_seeded(untrained):
     model = Generator.load(untrained)
 

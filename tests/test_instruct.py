@@ -85,6 +85,32 @@ def test_a_tuned_model_is_kept_and_loaded_again(nano, world, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(ids).logits, tuned.model(ids).logits, atol=1e-4, rtol=1e-3)
     assert tuned.hash != nano.hash == Generator.load("nano").hash  # the base is as it was
+    assert instruct.instruct(nano, some, epochs=2, lr=5e-3, progress=False).hash == tuned.hash
+    other = Generator.load("nano")
+    with torch.no_grad():
+        next(other.model.parameters()).add_(0.01)
+    with pytest.raises(DataError, match="other model"):
+        instruct.instruct(other, some, folder=tmp_path / "lora", epochs=2, lr=5e-3, progress=False)
+
+
+def test_what_is_not_taken_comes_from_the_first_stage_and_from_anywhere(world):
+    train, _, _, first = world
+    few = Lists(first.users, first.items[:, :3], first.real[:, :3])
+    some = instruct.examples(train, TITLES, few, tasks=("pairwise", "listwise"), per_user=4, listed=5)
+    offered = np.repeat([{TITLES[i] for i in row} for row in few.items], len(some) // U)
+    hard = []
+    for near, one in zip(offered, some, strict=True):
+        if one.task == "pairwise":
+            wrong = one.fields["second" if one.answer == " a" else "first"]
+            hard.append(wrong in near)
+        else:
+            said = {c["label"]: c["item"] for c in one.fields["candidates"]}
+            order = [said[x] for x in one.answer.strip().split(", ")][1:]
+            places = [TITLES.index(t) for t in order if t in near]
+            mine = next(row.tolist() for row in few.items if near == {TITLES[i] for i in row})
+            assert places == sorted(places, key=mine.index)  # in the first stage's order, and before all others
+            assert [t in near for t in order] == sorted((t in near for t in order), reverse=True)
+    assert 0.3 < np.mean(hard) < 0.7
 
 
 def rows(nano, count=40):

@@ -20,10 +20,13 @@ KINDS = ["oak chair", "oak table", "oak bench", "oak stool", "oak shelf", "tin c
 class Recorder:
     """In place of a language model: keeps every prompt, and answers with the least that the schema allows."""
 
-    name, hash = "recorder", "0"
+    name, hash, context = "recorder", "0", 10**6
 
     def __init__(self):
         self.prompts = []
+
+    def ids(self, text):
+        return text.split()
 
     def generate(self, prompt, rows, **options):
         found = []
@@ -163,6 +166,14 @@ def test_histories_of_any_length_fit_a_prompt(count):
     assert prompt.count("\n- ") == min(count, profiles.LAST)
     assert ("nothing yet" in prompt) == (count == 0)
     assert len(profiles.template(train, catalog).users[0]) < 200
+
+
+def test_prompts_of_any_script_and_length_fit_the_model_that_ships():
+    texts = [*KINDS, "漆器の花瓶 " * 300, "شاي بالنعناع " * 200]
+    cells = [(0, i) for i in range(ITEMS)] + [(1, 9), (2, 10)]
+    nano = Generator.load("nano")
+    made = profiles.written(nano, events(cells), catalog_of(texts), max_tokens=20, progress=False)
+    assert len(made.items) == ITEMS and len(made.users) == U
 
 
 def test_alike_users_say_what_the_user_has_not_taken(shop):

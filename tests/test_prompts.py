@@ -108,6 +108,9 @@ def test_a_shipped_prompt_renders_what_it_did(name):
         ("---\nid: p\nversion: 1\ninputs: [title]\n---\n{{ title", "unexpected end of template"),
         ("---\nid: p\nversion: 1\ninputs: {title: words}\n---\nx", "'title' is of type 'words'"),
         ("---\nid: p\nversion: 1\ninputs: title\n---\nx", "'inputs' is of type 'title'"),
+        ("---\nid: p\nversion: two\ninputs: []\n---\nx", "its version is 'two'"),
+        ("---\nid: p\nversion: 1\ninputs: {a: [text]}\n---\nx", "'a' is of type"),
+        ("---\nid: p\nversion: 1\ninputs: {a: {b: {c: text}}}\n---\nx", "'a' is of type"),
         ("---\nid: p\nversion: 1\ninputs: []\noutput: {type: words}\n---\nx", "no JSON schema"),
     ],
 )

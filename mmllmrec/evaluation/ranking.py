@@ -181,6 +181,8 @@ def _top(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     equal values open besides.
     """
     n, columns = scores.shape
+    if not n:
+        return scores[:, :k], np.zeros((0, k), dtype=np.int64)
     width = min(WIDTH, columns // k)
     groups = columns // width  # group g: columns g, g + groups, ...; the last few columns are in no group
     best = torch.from_numpy(scores)[:, : width * groups].view(n, width, groups).amax(1).numpy()

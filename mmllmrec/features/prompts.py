@@ -60,7 +60,7 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """Hash of everything that can change what is rendered; goes into the run card."""
+        """Hash of everything that decides what given fields render to; goes into the run card."""
         return content_hash(self.id, self.version, list(self.inputs), self.template)
 
     def render(self, **fields: Any) -> str:
@@ -140,11 +140,13 @@ def load_prompt(source: str | Path) -> Prompt:
         raise DataError(f"{path}: its header must hold id, version and inputs, may hold {', '.join(possible)}, no more")
     if header["id"] != path.stem:
         raise DataError(f"{path}: its id is {header['id']!r}; it must be the file's name, {path.stem!r}")
+    if isinstance(header["version"], bool) or not isinstance(header["version"], int):
+        raise DataError(f"{path}: its version is {header['version']!r}; it must be a whole number")
     inputs = header["inputs"]
-    inputs = dict.fromkeys(inputs, "text") if isinstance(inputs, list) else inputs
+    inputs = dict.fromkeys(map(str, inputs), "text") if isinstance(inputs, list) else inputs
     for name, kind in inputs.items() if isinstance(inputs, dict) else [("inputs", inputs)]:
         fields = list(kind.values()) if isinstance(kind, dict) else [kind]
-        if not fields or any(f not in TYPES for f in fields):
+        if not fields or any(not isinstance(f, str) or f not in TYPES for f in fields):
             raise DataError(f"{path}: input {name!r} is of type {kind!r}; types are {list(TYPES)}, or fields of these")
     strange = sorted(used - set(inputs))
     if strange:

@@ -18,18 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt
 from mmllmrec.features.towers import load_causal, still, weights_hash
 from mmllmrec.runcard import content_hash, write_atomically
+from mmllmrec.seed import generator as numbers
 from mmllmrec.seed import stream
 from mmllmrec.shipped import shipped
 
 TOKENS = 8192  # of a batch, those to be written among them
+CLOSING = 4096  # steps in which an answer that was cut must come to an end
 SHARED = 16  # tokens that rows must begin with alike to be read together
 CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
+LETTERS = b"abcdefghijklmnopqrstuvwxyz0123456789@.:/-"  # what a pattern that is not yet met is tried with first
 CLOSERS = (b'"', b"]", b"}")  # what ends a string, a list, an object, in the order in which it is tried
 
 
@@ -79,8 +83,17 @@ class Generator:
         limit = int(getattr(model.config, "max_position_embeddings", 0) or CONTEXT)
         context = context or (CONTEXT if source == "nano" else limit)
         name = source if not Path(source).exists() else Path(source).name
-        hashed = weights_hash(model)
-        return cls(model.to(device=device, dtype=dtype).eval(), tokenizer, name, hashed, context)
+        model = model.to(device=device, dtype=dtype).eval()
+        # what fills up a configuration of ours: a model's own may hold beams, or penalties that look at the padding
+        model.generation_config = GenerationConfig(eos_token_id=getattr(model.generation_config, "eos_token_id", None))
+        return cls(model, tokenizer, name, identity(model), context)
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and those that the model's own settings name."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = own if isinstance(own, list) else [own]
+        return list(dict.fromkeys(t for t in (self.tokenizer.eos_token_id, *listed) if t is not None))
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +102,10 @@ class Generator:
         return found
 
     def ids(self, text: str) -> list[int]:
-        """A prompt's tokens: in the model's chat format where its tokenizer has one."""
+        """A prompt's tokens: in the model's chat format where its tokenizer has one. What a text holds of the
+        tokenizer's own marks (``<eos>``, ``<|im_end|>``) is spelled out and is none."""
+        for mark in {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())}:
+            text = text.replace(mark, f"{mark[:1]} {mark[1:]}")
         if getattr(self.tokenizer, "chat_template", None):
             said = [{"role": "user", "content": text}]
             found = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
@@ -126,14 +142,14 @@ class Generator:
             raise DataError(
                 f"max_tokens={max_tokens} is 1 or more, temperature={temperature} above 0, top_p={top_p} a share"
             )
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "schema": prompt.output}
+        # as it stands: the order of a schema's properties is that in which they are written
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "schema": json.dumps(prompt.output)}
         if sample:
             settings["sample"] = [temperature, top_p, seed]
         asked = self._asked(prompt, rows, max_tokens)
         keys = [content_hash(self.hash, ids, settings) for ids in asked]
         kept = _Kept(None if folder is None else Path(folder), content_hash(self.hash, prompt.hash, settings))
-        width = self.model.get_output_embeddings().weight.shape[0]
-        grammar = None if prompt.output is None else _Grammar(self.name, self.tokenizer, width, prompt.output)
+        grammar = None if prompt.output is None else _Grammar(self, prompt.output)
         first = {key: n for n, key in reversed(list(enumerate(keys)))}
         groups = list(_batches({k: len(asked[n]) + max_tokens for k, n in first.items()}, batch_tokens))
         bar = tqdm(total=len(first), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="answer")
@@ -142,9 +158,9 @@ class Generator:
             # drawn numbers are a batch's: one that is kept in part is written anew as a whole
             if not all(key in kept.found for key in group):
                 drawn = int(stream(seed, "generate", number).generate_state(1)[0])
-                options = {"temperature": temperature, "top_p": top_p} if sample else {}
-                with still(self.model), torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(drawn)
+                options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
+                with still(self.model), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    torch.manual_seed(drawn)
                     answers = self._write([asked[first[k]] for k in group], max_tokens, sample, options, grammar)
                 kept.add(dict(zip(group, answers, strict=True)))
                 written += sum(a["tokens_out"] for a in answers)
@@ -331,24 +347,26 @@ class Generator:
         """Answers of a batch, as they are kept."""
         ids, mask = self._padded(rows)
         held = None if grammar is None else _Held(grammar, len(rows), ids.shape[1])
-        end = self.tokenizer.eos_token_id
+        ends, pad = self.ends, self.tokenizer.pad_token_id
+        asked = GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=sample,
+            eos_token_id=ends,
+            pad_token_id=pad if pad is not None else ends[0] if ends else 0,
+            **options,
+        )
         whole = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max_tokens,
-            do_sample=sample,
+            generation_config=asked,
             logits_processor=[] if held is None else [held],
-            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-            eos_token_id=end,
-            use_cache=True,
-            **(dict(options) if sample else {"temperature": None, "top_p": None, "top_k": None}),
         )
         answers = []
         for n, row in enumerate(whole[:, ids.shape[1] :].tolist()):
-            mine = row[: row.index(end)] if end in row else row
-            cut = end not in row
+            over = next((k for k, token in enumerate(row) if token in ends), None)
+            mine, cut = (row, True) if over is None else (row[:over], False)
             if grammar is not None:
-                mine, cut = grammar.finished(mine, end)
+                mine, cut = grammar.finished(mine)
             text = self.tokenizer.decode(mine, skip_special_tokens=grammar is None).strip()
             answers.append({"text": text, "tokens_in": len(rows[n]), "tokens_out": len(mine) + (not cut), "cut": cut})
         return answers
@@ -360,40 +378,60 @@ class Generator:
         return Generated(answer["text"], value, answer["tokens_in"], answer["tokens_out"], answer["cut"])
 
 
+def identity(model: Any) -> str:
+    """Hash of a model's weights, their precision, and its configuration."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return content_hash(weights_hash(model), str(next(model.parameters()).dtype), json.dumps(config, default=str))
+
+
 class _Grammar:
     """A JSON schema as what may come next, for one tokenizer."""
 
-    def __init__(self, name: str, tokenizer: Any, width: int, schema: Mapping[str, Any]):
+    def __init__(self, writer: Generator, schema: Mapping[str, Any]):
         from llguidance import LLMatcher, LLTokenizer
 
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+        backend, ends = getattr(writer.tokenizer, "backend_tokenizer", None), writer.ends
         if backend is None:
-            raise DataError(f"{name}: only a fast tokenizer can be held to a schema")
+            raise DataError(f"{writer.name}: only a fast tokenizer can be held to a schema")
+        width = writer.model.get_output_embeddings().weight.shape[0]
         about = _literal(json.loads(backend.to_str()))
-        tokens = LLTokenizer(json.dumps(about), n_vocab=width, eos_token=tokenizer.eos_token_id)
+        tokens = LLTokenizer(json.dumps(about), n_vocab=width, eos_token=ends)
         self.first = LLMatcher(tokens, _grammar(schema))
         if self.first.is_error():
             raise DataError(f"this output schema cannot be held: {self.first.get_error()}")
         self.closers = [tokens.tokenize_bytes(c)[0] for c in CLOSERS]
+        spelled = {b: tokens.tokenize_bytes(bytes([b])) for b in range(32, 127)}
+        self.printable = [t[0] for t in spelled.values() if len(t) == 1]
+        self.letters, self.ends = [spelled[b][0] for b in LETTERS if len(spelled[b]) == 1], set(ends)
 
     def start(self) -> Any:
         """A matcher for one answer."""
         return self.first.deep_copy()
 
-    def finished(self, tokens: list[int], end: int) -> tuple[list[int], bool]:
-        """An answer's tokens to a whole value, and whether it had to be closed."""
-        matcher, tokens = self.start(), list(tokens)
+    def finished(self, tokens: list[int]) -> tuple[list[int], bool]:
+        """An answer's tokens to a whole value, and whether it had to be closed: what must follow, a closing mark where
+        one may, else a letter, drawn (a pattern may want one that no order of trying comes to)."""
+        matcher, tokens, rng = self.start(), list(tokens), numbers(0, "closing")
         matcher.consume_tokens(tokens)
         cut = not matcher.is_accepting()
-        while not matcher.is_accepting():
+        for _ in range(CLOSING):
+            if matcher.is_accepting():
+                return tokens, cut
             following = matcher.compute_ff_tokens()
             if not following:
                 allowed = _allowed(matcher)
-                following = [next((t for t in self.closers if allowed[t]), int(allowed.argmax()))]
+                closing = [t for t in self.closers if allowed[t]]
+                # a quotation mark ends a string; brackets and braces may be letters of one
+                closes = closing and (closing[0] == self.closers[0] or rng.random() < 0.5)
+                common, others = ([t for t in some if allowed[t]] for some in (self.letters, self.printable))
+                drawn = common if common and rng.random() < 0.5 else others or np.flatnonzero(allowed).tolist()
+                following = [closing[0] if closes else int(rng.choice(drawn))]
             if not matcher.consume_tokens(following):
                 raise DataError(f"this output schema cannot be closed: {matcher.get_error()}")
-            tokens += [t for t in following if t != end]
-        return tokens, cut
+            tokens += [t for t in following if t not in self.ends]
+        raise DataError(
+            f"this output schema was not closed in {CLOSING} steps: give more max_tokens, or a simpler pattern"
+        )
 
 
 def _literal(about: Any) -> Any:

@@ -19,13 +19,12 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.evaluation.ranking import Lists
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import load_prompt
-from mmllmrec.features.towers import weights_hash
-from mmllmrec.language.generate import Generator
+from mmllmrec.language.generate import Generator, identity
 from mmllmrec.language.profiles import LAST, histories
 from mmllmrec.language.rerank import LABELS, NO, YES
-from mmllmrec.runcard import content_hash
 from mmllmrec.seed import generator as numbers
-from mmllmrec.training.causal import Row, fit_causal
+from mmllmrec.seed import seed_everything
+from mmllmrec.training.causal import Row, fit_causal, is_main_process
 
 TASKS = ("pointwise", "pairwise", "listwise", "next_title")
 NOBODY: dict[str, Any] = {"profile": "", "evidence": []}
@@ -60,8 +59,8 @@ def examples(
     ``pointwise`` (yes to the event's item, no to ``negatives`` others), ``pairwise`` (one of each, in either place),
     ``listwise`` (``listed`` candidates, the event's item first in the answer, the others in the first stage's order),
     ``next_title`` (what was taken). Only training events are asked about: an item that is taken in validation or test
-    alone can only be a "no", as for every sampled negative. Raises ``DataError`` for an unknown task and when a user
-    of ``candidates`` is none of training.
+    alone can only be a "no", as for every sampled negative. Raises ``DataError`` for an unknown task, and
+    where there is nothing to ask about.
     """
     unknown = [t for t in tasks if t not in TASKS]
     if unknown or not tasks:
@@ -115,9 +114,8 @@ def _wrong(rng: np.random.Generator, others: list[int], warm: np.ndarray, taken:
     """Up to ``count`` distinct items that were not taken: from ``others`` and from ``warm`` in turn."""
     drawn = [int(i) for i in rng.permutation(others)] if others else []
     anywhere = [int(i) for i in rng.choice(warm, min(2 * count + len(taken), len(warm)), replace=False)]
-    mixed: list[int] = []
-    for n in range(max(len(drawn), len(anywhere))):
-        mixed += [*drawn[n : n + 1], *anywhere[n : n + 1]]
+    turns = [drawn, anywhere] if rng.random() < 0.5 else [anywhere, drawn]
+    mixed = [i for n in range(max(map(len, turns))) for some in turns for i in some[n : n + 1]]
     kept = [i for i in dict.fromkeys(mixed) if i not in taken]
     return kept[:count]
 
@@ -151,12 +149,14 @@ def instruct(
 
     A share ``valid`` of the examples is kept aside to choose the epoch; ``fit`` are the keywords of ``fit_causal``.
     ``folder`` gets checkpoints while it trains (a run that was cut off goes on) and the adapter in PEFT's format, which
-    ``Generator.load(adapter=)`` reads; ``generator`` itself is left as it is. Works on any causal model.
+    ``Generator.load(adapter=)`` reads; ``generator`` itself is left as it is. For causal models whose projections are
+    named as Llama's are (``features.adapters.LANGUAGE``); others raise ``DataError``.
     """
     rows = rows_of(generator, some)
     aside = numbers(seed, "aside").random(len(rows)) < valid
     if not aside.any() or aside.all():
         raise DataError(f"valid={valid} of {len(rows)} examples leaves {int(aside.sum())} aside: give more examples")
+    seed_everything(seed)  # a LoRA's first factor is drawn
     adapted = adapters.attach(copy.deepcopy(generator.model), rank=rank, kind="language")
     place = None if folder is None else Path(folder)
     run = fit_causal(
@@ -168,8 +168,8 @@ def instruct(
         name=f"instruct {generator.name}",
         **fit,
     )
-    if place is not None:
+    if place is not None and is_main_process():
         about = {"base_model": generator.name, "base_weights": generator.hash, "valid loss": -run.best_score}
-        adapters.save(adapted, place, card={**about, "examples": content_hash([e.answer for e in some])})
+        adapters.save(adapted, place, card=run.card.as_dict() | about)
     merged = adapted.merge_and_unload().eval()
-    return replace(generator, model=merged, hash=weights_hash(merged))
+    return replace(generator, model=merged, hash=identity(merged))

@@ -20,11 +20,12 @@ import scipy.sparse as sp
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.features.prompts import clean, load_prompt
+from mmllmrec.features.prompts import Prompt, clean, load_prompt
 from mmllmrec.language.generate import Generator
 
 LONGEST = 600  # characters of an item's text that go into a prompt
 LAST = 20  # events of a history that go into a prompt
+ROWS = 512  # whose weights over all phrases are held at once
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 STOP = frozenset(
     WORD.findall(
@@ -95,22 +96,23 @@ class Keyphrases:
 
     def top(self, of: sp.csr_matrix, *, k: int) -> list[list[str]]:
         """The ``k`` phrases of largest weight for each row of items, none inside another one."""
-        found = []
-        for row in self.weights(of):
-            best: list[str] = []
-            for n in np.argsort(-row, kind="stable")[: 4 * k]:
-                words = set(self.names[n].split())
-                if np.isfinite(row[n]) and not any(words & set(b.split()) for b in best):
-                    best.append(self.names[n])
-                if len(best) == k:
-                    break
-            found.append(best)
-        return found
+        blocks = [of[start : start + ROWS] for start in range(0, of.shape[0], ROWS)]
+        return [self._best(row, k) for block in blocks for row in self.weights(block)]
+
+    def _best(self, row: np.ndarray, k: int) -> list[str]:
+        best: list[str] = []
+        for n in np.argsort(-row, kind="stable")[: 4 * k]:
+            words = set(self.names[n].split())
+            if np.isfinite(row[n]) and not any(words & set(b.split()) for b in best):
+                best.append(self.names[n])
+            if len(best) == k:
+                break
+        return best
 
 
 @dataclass
 class Profiles:
-    """What was written: ``items`` a line an item, ``users`` a line a user, empty where there was nothing to write from;
+    """What was written: ``items`` a line an item, ``users`` a line a user, empty where nothing was written;
     ``tokens`` of a language model, read and written."""
 
     backend: str
@@ -191,7 +193,7 @@ def written(
         }
         for n in here
     ]
-    answers = generator.generate(load_prompt("item_profile"), rows, **asked)
+    answers = generator.generate(*_fitting(generator, "item_profile", rows, max_tokens), **asked)
     items = [""] * len(texts)
     for n, one in zip(here, answers, strict=True):
         items[n] = line(one.value["attributes"], one.value["audience"])
@@ -200,10 +202,30 @@ def written(
         {"history": [items[i] for i in items_of if items[i]], "evidence": list(of_users[u])}
         for u, items_of in enumerate(said)
     ]
-    of = generator.generate(load_prompt("user_profile"), rows, **asked)
+    of = generator.generate(*_fitting(generator, "user_profile", rows, max_tokens), **asked)
     users = [clean("; ".join([*one.value["likes"], one.value["summary"]])) for one in of]
     tokens = sum(one.tokens_in + one.tokens_out for one in (*answers, *of))
     return Profiles(generator.name, items, users, tokens, {"model": generator.hash, "last": last})
+
+
+def _fitting(
+    generator: Generator, name: str, rows: Sequence[dict[str, Any]], more: int
+) -> tuple[Prompt, list[dict[str, Any]]]:
+    """A prompt, and its rows made to fit the model's context with ``more`` tokens to write: lists lose their first
+    entries, the oldest, and texts their second halves, until they do."""
+    prompt, found = load_prompt(name), []
+    for row in rows:
+        row = dict(row)
+        while len(generator.ids(prompt.render(**row))) + more > generator.context:
+            longest = max(row, key=lambda field: sum(map(len, row[field])))
+            if not row[longest]:
+                break  # the question itself is too long: ``generate`` says so
+            size = len(row[longest])
+            row[longest] = (
+                row[longest][: size // 2] if isinstance(row[longest], str) else row[longest][max(size // 4, 1) :]
+            )
+        found.append(row)
+    return prompt, found
 
 
 def _phrases(text: str) -> set[str]:

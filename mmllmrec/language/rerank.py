@@ -95,14 +95,16 @@ class Reranked:
         return self.label or f"{name_of(self.scorer)} + {self.language.name} ({how})"
 
     def score(self, users: np.ndarray) -> Tensor:
-        """(B,) -> (B, I): the scorer's own scores, those of the first ``n`` dealt out anew."""
+        """(B,) -> (B, I): the scorer's own scores, but for the first ``n``, which stand above all others, a step apart:
+        equal scores of the scorer's must not put in question what was ordered."""
         users = np.asarray(users)
         lists = self.rerank(np.unique(users))
         scores = self._own(users)
         for row, user in enumerate(users):
             place = int(np.searchsorted(lists.users, user))
             items = lists.items[place][lists.real[place]]
-            scores[row, items] = scores[row, items].sort(descending=True).values
+            highest = float(scores[row][torch.isfinite(scores[row])].max())
+            scores[row, items] = highest + max(abs(highest), 1.0) * 1e-3 * torch.arange(len(items), 0, -1)
         return scores
 
     def rerank(self, users: np.ndarray) -> Lists:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -89,6 +89,10 @@ def fit_causal(
     settings: dict[str, Any] = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "weight_decay": weight_decay}
     settings |= {"warmup": warmup, "clip": clip, "patience": patience, "rows": len(rows), "valid": len(valid)}
     same = {**settings, "seed": seed, "data": content_hash([[list(p), list(a)] for p, a in (*rows, *valid)])}
+    frozen = [
+        x for n, p in model.named_parameters() if not p.requires_grad for x in (n, p.detach().float().cpu().numpy())
+    ]
+    same["model"] = content_hash({n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}, *frozen)
     key = content_hash(same)
     seed_everything(seed)
     place = None if folder is None else Path(folder)
@@ -136,13 +140,13 @@ def fit_causal(
                 group["lr"] = lr * factor(min(now, total), total, "cosine", warmup)
             torch.manual_seed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
             answered = sum(len(rows[n][1]) for n in batch)
-            share = batch[rank::world] if len(batch) >= world else batch[:1]
+            share = batch[rank::world] or batch[:1]
             with accelerator.autocast():
                 summed = loss_of(*_tensors([rows[n] for n in share], accelerator.device))
             if not bool(torch.isfinite(summed)):
                 raise DivergedError(f"the loss is not finite in epoch {number}, step {position}: lower lr={lr}")
             optimiser.zero_grad(set_to_none=True)
-            held = float(len(batch) >= world or rank == 0)  # a lone row is counted once
+            held = float(rank < len(batch))  # a process without a row of its own reads one, and it counts for nothing
             accelerator.backward(summed * (held * world / answered))
             accelerator.clip_grad_norm_(loss_of.parameters(), clip)
             optimiser.step()
@@ -183,6 +187,11 @@ def fit_causal(
     if place is not None and accelerator.is_main_process:
         write_json(place / "card.json", card.as_dict())
     return Run(model, pd.DataFrame(state["history"]), state["best_epoch"], state["best_score"], card.seconds, card)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files, of those that train together."""
+    return bool(PartialState().is_main_process)
 
 
 @torch.no_grad()
