@@ -39,6 +39,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
     return path
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off the last line of a file of lines where a process that was killed left it without its end."""
+    if path.is_file():
+        with open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write ``value`` as indented JSON, a list of numbers on one line, atomically. Arrays become lists, paths strings,
     NaN is refused."""

@@ -270,21 +270,25 @@ class Catalog:
         the items without. Raises ``DataError`` for a modality that is there already."""
         if name in self.modalities or name in self.dataset.column_names:
             raise DataError(f"modality {name!r} is in this catalogue already: give the new one another name")
-        gone = {} if absent is None else {name: np.asarray(absent, dtype=bool)}
-        features = {**self.features, name: table}
-        other = Catalog(self.dataset, self.item_ids, features=features, absent=self._absent | gone, name=self.name)
-        other._rows, other._noise = dict(self._rows), dict(self._noise)
-        other._blurred, other._holes, other._pixels = dict(self._blurred), dict(self._holes), dict(self._pixels)
-        return other
+        return self._copy(name, features={name: table}, absent={} if absent is None else {name: absent})
 
     # -- controls ---------------------------------------------------------------------------------------------------
 
-    def _copy(self, changed: str) -> Catalog:
-        """A copy of which one modality is about to be changed; pictures that are not are not decoded again."""
-        other = Catalog(self.dataset, self.item_ids, features=self.features, absent=self._absent, name=self.name)
+    def _copy(
+        self,
+        changed: str,
+        *,
+        features: Mapping[str, np.ndarray] | None = None,
+        absent: Mapping[str, np.ndarray] | None = None,
+    ) -> Catalog:
+        """A copy of which one modality is about to be changed, or with ``features`` (and who is ``absent``) of one
+        more; pictures that are not changed are not decoded again."""
+        features, absent = {**self.features, **(features or {})}, {**self._absent, **(absent or {})}
+        other = Catalog(self.dataset, self.item_ids, features=features, absent=absent, name=self.name)
         other._rows, other._noise = dict(self._rows), dict(self._noise)
         other._blurred, other._holes = dict(self._blurred), dict(self._holes)
-        other.__dict__["_raw_presence"] = self._raw_presence
+        if other.modalities == self.modalities:
+            other.__dict__["_raw_presence"] = self._raw_presence
         if changed != "image":
             other._pixels = dict(self._pixels)
         return other

@@ -5,14 +5,16 @@ Legend: N events, B batch, K negatives, U users, I items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from mmllmrec.data.interactions import DataError, Interactions
+
+K = TypeVar("K")
 
 
 @dataclass
@@ -194,6 +196,24 @@ def item_blocks(train: Interactions, *, size: int, rng: np.random.Generator) -> 
 def blocks_of(train: Interactions, size: int) -> int:
     """How many blocks of about ``size`` items an epoch has."""
     return max(round(int((train.item_counts > 0).sum()) / size), 1)
+
+
+def packed(order: Iterable[K], lengths: Mapping[K, int], tokens: int) -> Iterator[list[K]]:
+    """Rows of text in the order given, as many a batch as ``tokens`` allow with their padding, one at least.
+
+    >>> list(packed("abc", {"a": 3, "b": 2, "c": 9}, tokens=6))
+    [['a', 'b'], ['c']]
+    """
+    batch: list[K] = []
+    widest = 0
+    for n in order:
+        if batch and (len(batch) + 1) * max(widest, lengths[n]) > tokens:
+            yield batch
+            batch, widest = [], 0
+        widest = max(widest, lengths[n])
+        batch.append(n)
+    if batch:
+        yield batch
 
 
 def log_inclusion(counts: np.ndarray, batch_size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError
 from mmllmrec.encoders.backbone import Resampler
 from mmllmrec.features.prompts import IMAGE, load_prompt
-from mmllmrec.features.towers import load_causal, load_vision, look_above, look_below
+from mmllmrec.features.towers import load_causal, load_vision, look_above, look_below, normalise
 from mmllmrec.models.base import read_tensors
 from mmllmrec.shipped import shipped
 
@@ -47,7 +47,6 @@ def captions(
     resampler = Resampler(vision.token_width, model.config.hidden_size, tokens=len(state["queries"]))
     resampler.load_state_dict(state)
     resampler.eval()
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (vision.mean, vision.std))
     before, _, after = load_prompt("item").render(title=MARK, text="").partition(IMAGE)
     table = model.get_input_embeddings()
     around = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after.split(MARK)[0].rstrip())]
@@ -55,8 +54,8 @@ def captions(
     found, pixels = [""] * len(catalog), catalog.pixels(vision.size)
     here = np.flatnonzero(catalog.present("image"))
     for part in tqdm(np.split(here, range(BATCH, len(here), BATCH)), desc="captions", disable=not progress):
-        seen = torch.from_numpy(pixels[part]).float() / 255
-        _, patches = look_above(vision.model, look_below(vision.model, (seen - mean) / std, 0), 0)
+        seen = normalise(torch.from_numpy(pixels[part]))
+        _, patches = look_above(vision.model, look_below(vision.model, seen, 0), 0)
         rows: list[Tensor] = [ends[0].expand(len(part), -1, -1), resampler(patches), ends[1].expand(len(part), -1, -1)]
         x = torch.cat(rows, dim=1)
         written = model.generate(

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -17,14 +18,16 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mmllmrec.data.interactions import DataError
+from mmllmrec.data.sampling import packed
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt
 from mmllmrec.features.towers import load_causal, still, weights_hash
-from mmllmrec.runcard import content_hash, write_atomically
+from mmllmrec.runcard import content_hash, drop_torn_line
 from mmllmrec.seed import generator as numbers
 from mmllmrec.seed import stream
 from mmllmrec.shipped import shipped
@@ -52,13 +55,14 @@ class Generated:
 @dataclass
 class Generator:
     """A causal language model that writes. ``hash`` is that of its weights and adapter; ``context`` the most tokens it
-    reads and writes in a row."""
+    reads and writes in a row; ``read`` counts the tokens of all prompts so far."""
 
     model: Any
     tokenizer: Any
     name: str
     hash: str
     context: int
+    read: int = 0
 
     @classmethod
     def load(
@@ -101,10 +105,14 @@ class Generator:
         found: torch.device = next(self.model.parameters()).device
         return found
 
+    @cached_property
+    def _marks(self) -> list[str]:
+        return sorted({*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())})
+
     def ids(self, text: str) -> list[int]:
         """A prompt's tokens: in the model's chat format where its tokenizer has one. What a text holds of the
         tokenizer's own marks (``<eos>``, ``<|im_end|>``) is spelled out and is none."""
-        for mark in {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())}:
+        for mark in self._marks:
             text = text.replace(mark, f"{mark[:1]} {mark[1:]}")
         if getattr(self.tokenizer, "chat_template", None):
             said = [{"role": "user", "content": text}]
@@ -151,7 +159,7 @@ class Generator:
         kept = _Kept(None if folder is None else Path(folder), content_hash(self.hash, prompt.hash, settings))
         grammar = None if prompt.output is None else _Grammar(self, prompt.output)
         first = {key: n for n, key in reversed(list(enumerate(keys)))}
-        groups = list(_batches({k: len(asked[n]) + max_tokens for k, n in first.items()}, batch_tokens))
+        groups = _batches({k: len(asked[n]) + max_tokens for k, n in first.items()}, batch_tokens)
         bar = tqdm(total=len(first), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="answer")
         written = 0
         for number, group in enumerate(groups):
@@ -290,17 +298,15 @@ class Generator:
                     f"{self.context}; give shorter or fewer texts"
                 )
             asked.append(ids)
+            self.read += len(ids)
         return asked
 
     def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Tokens padded on the left, and the mask of what is none: (B, L) each."""
-        length = max(map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for n, row in enumerate(rows):
-            ids[n, length - len(row) :] = torch.tensor(row)
-            mask[n, length - len(row) :] = 1
-        return ids.to(self.device), mask.to(self.device)
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
+        length = ids.shape[1]
+        mask = torch.arange(length) >= length - torch.tensor([len(row) for row in rows])[:, None]
+        return ids.to(self.device), mask.long().to(self.device)
 
     def _read(
         self, group: Sequence[tuple[int, list[int]]], rows: Sequence[list[int]], counts: Sequence[int]
@@ -396,7 +402,8 @@ class _Grammar:
         width = writer.model.get_output_embeddings().weight.shape[0]
         about = _literal(json.loads(backend.to_str()))
         tokens = LLTokenizer(json.dumps(about), n_vocab=width, eos_token=ends)
-        self.first = LLMatcher(tokens, _grammar(schema))
+        grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_flexible": False})
+        self.first = LLMatcher(tokens, grammar)
         if self.first.is_error():
             raise DataError(f"this output schema cannot be held: {self.first.get_error()}")
         self.closers = [tokens.tokenize_bytes(c)[0] for c in CLOSERS]
@@ -445,12 +452,6 @@ def _literal(about: Any) -> Any:
     return about
 
 
-def _grammar(schema: Mapping[str, Any]) -> str:
-    from llguidance import LLMatcher
-
-    return str(LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_flexible": False}))
-
-
 class _Held:
     """A logits processor that keeps each row of a batch to its grammar."""
 
@@ -479,16 +480,13 @@ class _Kept:
         self.found: dict[str, dict[str, Any]] = {}
         if self.path is None or not self.path.is_file():
             return
-        whole = self.path.read_bytes()
-        complete = whole[: whole.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.splitlines(), 1):
+        drop_torn_line(self.path)
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 one = json.loads(line)
                 self.found[one.pop("key")] = {k: one[k] for k in ("text", "tokens_in", "tokens_out", "cut")}
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise DataError(f"{self.path}, line {number}: no answer; remove that line, or the file") from None
-        if len(complete) < len(whole):  # the last line was being written
-            write_atomically(self.path, lambda beside: beside.write_bytes(complete))
 
     def add(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep the answers that are new, on disk before anything else is done."""
@@ -502,6 +500,11 @@ class _Kept:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _batches(lengths: dict[Any, int], tokens: int) -> Iterator[list[Any]]:
+    """Keys in batches of like length, the longest first: what does not fit is known at once."""
+    return packed(sorted(lengths, key=lambda k: -lengths[k]), lengths, tokens)
 
 
 def _grouped(rows: Sequence[list[int]], counts: Sequence[int], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
@@ -535,18 +538,3 @@ def _grouped(rows: Sequence[list[int]], counts: Sequence[int], tokens: int) -> I
         held += len(some)
     if batch:
         yield batch
-
-
-def _batches(lengths: Mapping[Any, int], tokens: int) -> Iterator[list[Any]]:
-    """Keys in batches of like length, the longest first, each of at most ``tokens`` tokens, padding included, or one
-    row."""
-    group: list[Any] = []
-    widest = 0
-    for key in sorted(lengths, key=lambda k: -lengths[k]):
-        if group and (len(group) + 1) * widest > tokens:
-            yield group
-            group = []
-        widest = widest if group else lengths[key]
-        group.append(key)
-    if group:
-        yield group

@@ -21,13 +21,12 @@ from mmllmrec.features import adapters
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.language.generate import Generator, identity
 from mmllmrec.language.profiles import LAST, histories
-from mmllmrec.language.rerank import LABELS, NO, YES
+from mmllmrec.language.rerank import LABELS, NO, NOBODY, YES
 from mmllmrec.seed import generator as numbers
 from mmllmrec.seed import seed_everything
 from mmllmrec.training.causal import Row, fit_causal, is_main_process
 
 TASKS = ("pointwise", "pairwise", "listwise", "next_title")
-NOBODY: dict[str, Any] = {"profile": "", "evidence": []}
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,8 @@ def examples(
                 pair = {"first": texts[two[0]], "second": texts[two[1]]}
                 found.append(Example("pairwise", {**asked, **pair}, f" {'ab'[two.index(item)]}"))
             if "listwise" in tasks:
-                best = [
-                    item,
-                    *sorted(wrong[: listed - 1], key=lambda i: others.index(i) if i in others else len(others)),
-                ]
+                some = wrong[: listed - 1]
+                best = [item, *(i for i in others if i in some), *(i for i in some if i not in others)]
                 order = rng.permutation(len(best))
                 rows = [{"label": LABELS[n], "item": texts[best[c]]} for n, c in enumerate(order)]
                 answer = ", ".join(LABELS[int(np.flatnonzero(order == c)[0])] for c in range(len(best)))

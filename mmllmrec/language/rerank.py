@@ -28,6 +28,7 @@ from mmllmrec.seed import generator as numbers
 MODES = ("pointwise", "listwise")
 LABELS = string.ascii_lowercase
 YES, NO = " yes", " no"
+NOBODY: dict[str, Any] = {"profile": "", "history": [], "evidence": []}  # what prompts say of a user, left empty
 
 
 @dataclass
@@ -127,9 +128,7 @@ class Reranked:
 
     def blended(self, blend: float) -> Reranked:
         """The same with another ``blend``; what was judged is not judged again."""
-        other = replace(self, blend=blend, scorer=self._frozen)
-        other.judged = self.judged
-        return other
+        return replace(self, blend=blend, scorer=self._frozen)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -147,9 +146,7 @@ class Reranked:
     def _blended(self, lists: Lists, values: np.ndarray) -> np.ndarray:
         """Judgements (B, N), mixed with the scorer's own; what is no candidate stays last."""
         if self.blend < 1:
-            own = np.stack(
-                [self._own(np.array([u]))[0, i].numpy() for u, i in zip(lists.users, lists.items, strict=True)]
-            )
+            own = np.take_along_axis(self._own(lists.users).numpy(), lists.items, axis=1)
             values = self.blend * _standard(values, lists.real) + (1 - self.blend) * _standard(own, lists.real)
         return np.where(lists.real, values, -np.inf)
 
@@ -179,15 +176,15 @@ class Reranked:
         values[tuple(cells.T)] = self._leaning(rows)
         if self.calibrate:
             which, where = np.unique(items, return_inverse=True)
-            nobody = {"profile": "", "history": [], "evidence": [], "reasoning": ""}
-            alone = self._leaning([{**nobody, "candidate": self.texts[i]} for i in which])
+            alone = self._leaning([{**NOBODY, "candidate": self.texts[i], "reasoning": ""} for i in which])
             values[tuple(cells.T)] -= alone[where]
         return values
 
     def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """log p(yes) - log p(no) of prompts."""
+        before = self.language.read
         found = self.language.likelihoods(self._prompt, rows, (YES, NO), progress=self.progress)
-        self.tokens += sum(len(self.language.ids(self._prompt.render(**row))) for row in rows)
+        self.tokens += self.language.read - before
         return (found[:, 0] - found[:, 1]).double().numpy()
 
     def _listwise(self, lists: Lists) -> np.ndarray:

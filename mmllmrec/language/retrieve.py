@@ -5,6 +5,7 @@ Legend: U users, I items, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +56,7 @@ class Retriever:
         if (len(users), len(items), len(texts)) != (train.n_users, train.n_items, train.n_items):
             sizes = f"{len(users)} users, {len(items)} items, {len(texts)} texts"
             raise DataError(f"{sizes}: training knows {train.n_users} users and {train.n_items} items")
-        self.train, self.texts = train, list(texts)
+        self.train, self.texts, self._by_item = train, list(texts), train.csr.tocsc()
         self._users, self._items = (np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (users, items))
         self._told = np.array([bool(t) for t in texts])
         warm = train.item_counts > 0
@@ -74,7 +75,7 @@ class Retriever:
             own = set(self._history(user))
             for other in others if here else ():
                 theirs = [i for i in self._history(int(other)) if i not in own and self._told[i]] if other >= 0 else []
-                best = self._nearest_of(self._users[user], theirs, each)
+                best = _nearest_of(self._items, theirs, self._users[user], each)
                 if best:
                     events = tuple((int(other), i) for i in best)
                     lines.append(Evidence(f"e{len(lines) + 1}", "; ".join(self.texts[i] for i in best), events, best))
@@ -101,30 +102,31 @@ class Retriever:
         if self._told[item]:
             lines.append((self.texts[item], (), (item,)))
         own = [i for i in self._history(user) if self._told[i] and i != item]
-        for i in self._nearest_of(self._items[item], own, k):
+        for i in _nearest_of(self._items, own, self._items[item], k):
             lines.append((f"you took {self.texts[i]}", ((user, i),), (i,)))
-        takers = self.train.csr[:, item].nonzero()[0]
-        takers = takers[takers != user]
-        if len(takers) and len(own):
-            near = Index(self._users, which=np.isin(np.arange(len(self._users)), takers))
-            for other in near.nearest(self._users[[user]], k=k)[0][0]:
-                both = self._nearest_of(self._items[item], [i for i in own if i in set(self._history(int(other)))], 1)
-                if both:
-                    said = f"someone who also took {self.texts[both[0]]} took it"
-                    lines.append((said, ((int(other), both[0]), (int(other), item)), (both[0], item)))
+        takers = [u for u in self._takers(item) if u != user]
+        for other in _nearest_of(self._users, takers, self._users[user], k) if own else ():
+            theirs = set(self._history(other))
+            both = _nearest_of(self._items, [i for i in own if i in theirs], self._items[item], 1)
+            if both:
+                said = f"someone who also took {self.texts[both[0]]} took it"
+                lines.append((said, ((other, both[0]), (other, item)), (both[0], item)))
         return [Evidence(f"e{n}", said, events, items) for n, (said, events, items) in enumerate(lines, 1)]
 
     def _history(self, user: int) -> list[int]:
         csr = self.train.csr
         return [int(i) for i in csr.indices[csr.indptr[user] : csr.indptr[user + 1]]]
 
-    def _nearest_of(self, query: np.ndarray, items: Sequence[int], k: int) -> tuple[int, ...]:
-        """The k of some items whose embeddings are nearest to a query, nearest first."""
-        if not len(items):
-            return ()
-        rows = self._items[list(items)]
-        cosine = rows @ query / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(query), 1e-12)
-        return tuple(int(items[n]) for n in np.argsort(-cosine, kind="stable")[:k])
+    def _takers(self, item: int) -> list[int]:
+        csc = self._by_item
+        return [int(u) for u in csc.indices[csc.indptr[item] : csc.indptr[item + 1]]]
+
+
+def _nearest_of(table: np.ndarray, some: Sequence[int], query: np.ndarray, k: int) -> tuple[int, ...]:
+    """The k of some rows of a table (N, D) of the largest cosine with a query (D,), nearest first."""
+    rows = table[list(some)]
+    cosine = rows @ query / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(query), 1e-12)
+    return tuple(int(some[n]) for n in np.argsort(-cosine, kind="stable")[:k])
 
 
 def explain(
@@ -162,11 +164,8 @@ def explain(
 def limited(prompt: Prompt, labels: Sequence[str]) -> Prompt:
     """The prompt ``explanation`` with citations held to ``labels``."""
     assert prompt.output is not None
-    output: dict[str, Any] = {**prompt.output}
-    sentence = {**output["properties"]["sentences"]["items"]}
-    cites = {**sentence["properties"]["cites"], "items": {"enum": list(labels)}}
-    sentence["properties"] = {**sentence["properties"], "cites": cites}
-    output["properties"] = {"sentences": {**output["properties"]["sentences"], "items": sentence}}
+    output: dict[str, Any] = copy.deepcopy(dict(prompt.output))
+    output["properties"]["sentences"]["items"]["properties"]["cites"]["items"] = {"enum": list(labels)}
     return replace(prompt, output=output)
 
 

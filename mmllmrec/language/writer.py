@@ -26,8 +26,7 @@ from mmllmrec.language.profiles import histories, line, told
 from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator, seed_everything
 from mmllmrec.training.causal import Row, fit_causal
-from mmllmrec.training.nano import Recipe as Nano
-from mmllmrec.training.nano import tokenizer
+from mmllmrec.training.nano import causal, tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -174,7 +173,7 @@ def _others(shop: Shop, rng: np.random.Generator, most: int) -> list[str]:
 def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
     """Train the writer and write ``folder`` at once: the model, its tokenizer and card.json. ``work`` keeps
     checkpoints: a run that was cut off goes on."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     seed_everything(recipe.seed)
     shops = [Shop(n, s, recipe) for n, s in zip(("atelier", "atelier-b"), recipe.seeds, strict=True)]
@@ -189,13 +188,10 @@ def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
         letters = " ".join(f"{c}," for c in "abcdefghijklmnopqrstuvwxyz")
         questions = [ready[n].template for n in ready]
         corpus = [f"{q} {a}" for q, a in asked[:: max(len(asked) // 6000, 1)]]
-        tokenizer(beside, [*corpus, *questions * 20, *[letters] * 50], Nano(vocabulary=recipe.vocabulary))
+        tokenizer(beside, [*corpus, *questions * 20, *[letters] * 50], vocabulary=recipe.vocabulary)
         tok = AutoTokenizer.from_pretrained(beside)
-        config = LlamaConfig(
-            vocab_size=len(tok), tie_word_embeddings=True, pad_token_id=0, bos_token_id=2, eos_token_id=3, **SIZES
-        )
         seed_everything(recipe.seed)
-        model = LlamaForCausalLM(config)
+        model = causal(tok, SIZES)
         rows: list[Row] = [
             (tok(q)["input_ids"], [*tok(a, add_special_tokens=False)["input_ids"], tok.eos_token_id]) for q, a in asked
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from mmllmrec.data.interactions import DataError
+from mmllmrec.data.sampling import packed
 from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, reset_peak_memory, write_json
 from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
@@ -93,7 +95,6 @@ def fit_causal(
         x for n, p in model.named_parameters() if not p.requires_grad for x in (n, p.detach().float().cpu().numpy())
     ]
     same["model"] = content_hash({n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}, *frozen)
-    key = content_hash(same)
     seed_everything(seed)
     place = None if folder is None else Path(folder)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -101,14 +102,11 @@ def fit_causal(
         [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=True
     )
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best_score": -math.inf, "bad": 0, "history": []}
-    state |= {"sum": 0.0, "tokens": 0, "spent": 0.0, "stopped": False, "key": key, "settings": same}
+    state |= {"sum": 0.0, "tokens": 0, "spent": 0.0, "stopped": False, "key": content_hash(same), "settings": same}
     best = checkpoint.trained(model)
     moments: dict[int, dict[str, Any]] = {}
-    if place is not None and resume and (found := checkpoint.peek(place)) is not None:
-        if found["key"] != key:
-            other = [k for k, v in same.items() if found["settings"].get(k) != v]
-            raise DataError(f"{place} holds a run with other {', '.join(other)}: pass another folder, or resume=False")
-        best, moments, state = checkpoint.load(place, model=model)
+    if place is not None and resume and (found := checkpoint.resumed(place, model=model, same=same)) is not None:
+        best, moments, state = found
     loss_of, optimiser = accelerator.prepare(_Answering(model), optimiser)
     inner = getattr(optimiser, "optimizer", optimiser)
     checkpoint.set_moments(inner, moments)
@@ -214,31 +212,17 @@ def _batches(lengths: np.ndarray, tokens: int, rng: np.random.Generator | None) 
     order = np.argsort(lengths, kind="stable") if rng is None else rng.permutation(len(lengths))
     size = max(int(CHUNK * tokens / max(lengths.mean(), 1)), 1)
     found: list[list[int]] = []
+    known = dict(enumerate(lengths.tolist()))
     for part in np.split(order, range(size, len(order), size)):
-        found += _packed(part[np.argsort(lengths[part], kind="stable")], lengths, tokens)
+        found += packed(part[np.argsort(lengths[part], kind="stable")].tolist(), known, tokens)
     return found if rng is None else [found[n] for n in rng.permutation(len(found))]
-
-
-def _packed(order: np.ndarray, lengths: np.ndarray, tokens: int) -> Iterator[list[int]]:
-    """Rows in ascending length, as many a batch as ``tokens`` allow with their padding, one at least."""
-    batch: list[int] = []
-    for n in order.tolist():
-        if batch and (len(batch) + 1) * int(lengths[n]) > tokens:
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch
 
 
 def _tensors(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens padded on the right, which of them are there, and which are an answer's: (B, L) each."""
-    length = max(len(p) + len(a) for p, a in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, answers = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for n, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[n, :end] = torch.tensor([*prompt, *answer])
-        mask[n, :end] = 1
-        answers[n, len(prompt) : end] = True
-    return ids.to(device), mask.to(device), answers.to(device)
+    ids = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in rows], batch_first=True)
+    starts = torch.tensor([len(prompt) for prompt, _ in rows])[:, None]
+    ends = starts + torch.tensor([len(answer) for _, answer in rows])[:, None]
+    place = torch.arange(ids.shape[1])
+    mask = place < ends
+    return ids.to(device), mask.long().to(device), (mask & (place >= starts)).to(device)

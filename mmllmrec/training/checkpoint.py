@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.runcard import write_atomically
+from mmllmrec.runcard import content_hash, write_atomically
 
 NAME = "checkpoint"
 
@@ -105,6 +105,22 @@ def load(folder: Path, *, model: nn.Module) -> tuple[dict[str, Tensor], dict[int
         position, _, key = name.partition("/")
         found.setdefault(int(position), {})[key] = value
     return under("best/"), found, state
+
+
+def resumed(
+    folder: Path, *, model: nn.Module, same: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]], dict[str, Any]] | None:
+    """``load`` of a run whose settings were ``same``, None where there is no checkpoint. Its ``state`` holds them, and
+    their hash as ``key``. Raises ``DataError`` naming the settings that differ in a checkpoint of another run."""
+    found = peek(folder)
+    if found is None:
+        return None
+    if found["key"] != content_hash(same):
+        other = [k for k, v in same.items() if content_hash(found["settings"].get(k)) != content_hash(v)]
+        raise DataError(
+            f"{folder} holds a checkpoint of a run with other {', '.join(other)}: pass another folder, or resume=False"
+        )
+    return load(folder, model=model)
 
 
 def peek(folder: Path) -> dict[str, Any] | None:

@@ -184,19 +184,12 @@ def fit(
     total = epochs * steps_an_epoch
 
     same = {**settings, "seed": seed, "split": split.hash, "model": card.model}
-    key = content_hash(same)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best_epoch": -1, "best_score": -math.inf, "bad": 0, "history": []}
-    state |= {"terms": {}, "spent": 0.0, "stopped": False, "settings": same, "key": key}
+    state |= {"terms": {}, "spent": 0.0, "stopped": False, "settings": same, "key": content_hash(same)}
     best = checkpoint.trained(model)
     moments: dict[int, dict[str, Any]] = {}
-    if place is not None and resume and (found := checkpoint.peek(place)) is not None:
-        if found["key"] != key:
-            other = [k for k, v in same.items() if content_hash(found["settings"].get(k)) != content_hash(v)]
-            raise DataError(
-                f"{place} holds a checkpoint of a run with other {', '.join(other)}: "
-                "pass another folder, or resume=False"
-            )
-        best, moments, state = checkpoint.load(place, model=model)
+    if place is not None and resume and (found := checkpoint.resumed(place, model=model, same=same)) is not None:
+        best, moments, state = found
     # FSDP cuts up what it is given: it gets a copy, and the model stays whole for validation and for the user
     sharded = accelerator.distributed_type == DistributedType.FSDP
     learner = copy.deepcopy(model) if sharded else model

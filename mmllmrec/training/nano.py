@@ -77,7 +77,8 @@ def pretrain(folder: Path, recipe: Recipe) -> RunCard:
 
     def make(beside: Path) -> RunCard:
         beside.mkdir(parents=True)
-        tokenizer(beside / "language", [*captions, *(f"{f['title']} {f['text']}" for f in fields)], recipe)
+        corpus = [*captions, *(f"{f['title']} {f['text']}" for f in fields)]
+        tokenizer(beside / "language", corpus, vocabulary=recipe.vocabulary)
         clip = contrastive(beside, pixels, captions, recipe)
         spoken = next_token(beside, pixels, fields, captions, recipe)
         card = RunCard(
@@ -97,7 +98,7 @@ def pretrain(folder: Path, recipe: Recipe) -> RunCard:
     return made[0]
 
 
-def tokenizer(folder: Path, corpus: list[str], recipe: Recipe) -> None:
+def tokenizer(folder: Path, corpus: list[str], *, vocabulary: int) -> None:
     """A lower-case BPE tokenizer of the worlds' words, in ``transformers``' format."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +111,7 @@ def tokenizer(folder: Path, corpus: list[str], recipe: Recipe) -> None:
     bpe.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=recipe.vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
         ),
     )
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -121,6 +122,15 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def causal(tok: Any, sizes: dict[str, Any]) -> Any:
+    """A causal language model of random weights for a tokenizer of ``tokenizer``'s."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    marks = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}  # places in SPECIAL
+    about: dict[str, Any] = {"vocab_size": len(tok), "tie_word_embeddings": True, **marks, **sizes}
+    return LlamaForCausalLM(LlamaConfig(**about))
 
 
 def _padded(rows: list[list[int]], length: int) -> Tensor:
@@ -191,18 +201,9 @@ def next_token(
     """The language model and the resampler: half of the rows say the item's words, half also what is seen in it, after
     the soft tokens of its picture (the vision tower is frozen). Returns the loss a token, in nats, on
     items kept aside."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tok = _tokenizer(folder / "language")
-    config = LlamaConfig(
-        vocab_size=len(tok),
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        **SIZES["language"],
-    )
-    model = LlamaForCausalLM(config)
+    model = causal(tok, SIZES["language"])
+    config = model.config
     vision = load_vision(str(folder / "clip"))
     language = Language(model.model, tok, causal=True, width=config.hidden_size, hash="")
     backbone = Backbone(vision, language, dim=8, soft=recipe.soft)

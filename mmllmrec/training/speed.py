@@ -96,19 +96,18 @@ def speed(
     and has no epoch. ``over the floor`` is an epoch's seconds over what its products and Adam need at the rates of this
     machine (``training.floor``). Peak memory (MiB) is the resident set of the process, interpreter, libraries and data
     included. An evaluation is of validation and test, full ranking, the best 50 of every user, with embeddings that are
-    computed once for both. ``peer`` is a CSV of
-    another toolkit's seconds (columns system, layers, clock, train_seconds_per_epoch, evaluation_pair_seconds): a
-    system it has is measured by that row's clock, ``2T`` two threads and seconds, ``1C`` one thread and processor
-    seconds, and set beside it, the peer's seconds scaled by what one iteration of ``implicit``'s ALS takes here and
-    took there (``ANCHOR_PEER``). Epochs of different methods are not worth the same: with ``minutes`` each system is
-    also trained until ``PATIENCE`` validations were no better, or that long, and ``seconds to 99% of it`` is its epochs
-    up to 99% of its best validation ndcg@20, at its seconds per epoch, validation left out; "cut" beside it where time
-    ended the training and the best may be yet to come. "raw table" trains the features as they are, 4,480 columns, as
-    the published code does. ``threads`` is how many each process computes with, the libraries' own choice where not
-    given: pass 1 on a machine that others use, where threads that wait for one another take many times longer.
-    ``folder`` gets ``card.json``, with every epoch and the machine's load beforehand, and ``table.txt``. Raises
-    ``DataError`` for an unknown system and for ``repeats`` or ``threads`` below 1, and ``RuntimeError`` when a
-    measuring process fails.
+    computed once for both. ``peer`` is a CSV of another toolkit's seconds (columns system, layers, clock,
+    train_seconds_per_epoch, evaluation_pair_seconds): a system it has is measured by that row's clock, ``2T`` two
+    threads and seconds, ``1C`` one thread and processor seconds, and set beside it, the peer's seconds scaled by what
+    one iteration of ``implicit``'s ALS takes here and took there (``ANCHOR_PEER``). Epochs of different methods are not
+    worth the same: with ``minutes`` each system is also trained until ``PATIENCE`` validations were no better, or that
+    long, and ``seconds to 99% of it`` is its epochs up to 99% of its best validation ndcg@20, at its seconds per epoch,
+    validation left out; "cut" beside it where time ended the training and the best may be yet to come. "raw table"
+    trains the features as they are, 4,480 columns, as the published code does. ``threads`` is how many each process
+    computes with, the libraries' own choice where not given: pass 1 on a machine that others use, where threads that
+    wait for one another take many times longer. ``folder`` gets ``card.json``, with every epoch and the machine's load
+    beforehand, and ``table.txt``. Raises ``DataError`` for an unknown system and for ``repeats`` or ``threads`` below
+    1, and ``RuntimeError`` when a measuring process fails.
     """
     unknown = [s for s in systems if s not in SYSTEMS]
     if unknown:

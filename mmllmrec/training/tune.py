@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
 from mmllmrec.models.base import Recommender
-from mmllmrec.runcard import RunCard, content_hash
+from mmllmrec.runcard import RunCard, content_hash, drop_torn_line
 from mmllmrec.seed import seed_everything, stream
 from mmllmrec.training.fit import DivergedError, fit
 
@@ -270,9 +270,7 @@ def _storage(place: Path | None, resume: bool) -> Any:
     place.mkdir(parents=True, exist_ok=True)
     path = place / JOURNAL
     (place / f"{JOURNAL}.lock").unlink(missing_ok=True)
-    if path.is_file():
-        with open(path, "r+b") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    drop_torn_line(path)
     return JournalStorage(JournalFileBackend(str(path)))
 
 
