@@ -81,7 +81,7 @@ def test_what_rows_share_is_read_once(nano, monkeypatch, answers, tokens):
     found = nano.likelihoods(ask, rows, answers, batch_tokens=tokens, progress=False)
     shared = [(size, len(some)) for group in counted for size, some in group if size]
     assert tokens == 1 or (shared and max(n for _, n in shared) > 3)
-    monkeypatch.setattr("mmllmrec.language.generate.SHARED", 10**6)  # every row by itself
+    monkeypatch.setattr("mmllmrec.data.sampling.SHARED", 10**6)  # every row by itself
     torch.testing.assert_close(found, nano.likelihoods(ask, rows, answers, progress=False), atol=1e-4, rtol=1e-4)
 
 

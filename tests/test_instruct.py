@@ -44,12 +44,14 @@ def world():
 
 def test_examples_ask_what_training_knows(world):
     train, _, _, first = world
-    some = instruct.examples(train, TITLES, first, per_user=3, negatives=2, listed=5, last=2)
+    some = instruct.examples(train, TITLES, first, rounds=2, per_user=3, negatives=2, listed=5, last=2)
     tasks = [e.task for e in some]
-    assert tasks.count("pointwise") == 3 * 3 * U and tasks.count("listwise") == tasks.count("next_title") == 3 * U
-    users = np.repeat(np.arange(U), len(some) // U)
-    for user, one in zip(users, some, strict=True):
-        taken = {TITLES[i] for i in train.csr[user].indices}
+    # half of four events are asked about in a round, and the others told
+    assert tasks.count("pointwise") == 2 * 2 * 3 * U and tasks.count("listwise") == tasks.count("next_title") == 4 * U
+    assert [e.user for e in some] == sorted(e.user for e in some) and {e.user for e in some} == set(range(U))
+    assert len({tuple(e.fields["history"]) for e in some if e.user == 0}) == 2
+    for one in some:
+        taken = {TITLES[i] for i in train.csr[one.user].indices}
         history = one.fields["history"]
         assert len(history) == 2 and set(history) < taken
         if one.task == "pointwise":
@@ -67,8 +69,8 @@ def test_examples_ask_what_training_knows(world):
             assert [said[x] in taken for x in order] == [True] + [False] * 4
     firsts = [e.answer for e in some if e.task == "pairwise"]
     assert 0.2 < firsts.count(" a") / len(firsts) < 0.8
-    assert some == instruct.examples(train, TITLES, first, per_user=3, negatives=2, listed=5, last=2)
-    for wrong, says in (({"tasks": ["setwise"]}, "setwise"), ({"listed": 27}, "2 to 26")):
+    assert some == instruct.examples(train, TITLES, first, rounds=2, per_user=3, negatives=2, listed=5, last=2)
+    for wrong, says in (({"tasks": ["setwise"]}, "setwise"), ({"listed": 27}, "2 to 26"), ({"rounds": 0}, "rounds=0")):
         with pytest.raises(DataError, match=says):
             instruct.examples(train, TITLES, first, **wrong)
     none = Lists(np.arange(0), np.zeros((0, 3), int), np.zeros((0, 3), bool))
@@ -91,6 +93,23 @@ def test_a_tuned_model_is_kept_and_loaded_again(nano, world, tmp_path):
         next(other.model.parameters()).add_(0.01)
     with pytest.raises(DataError, match="other model"):
         instruct.instruct(other, some, folder=tmp_path / "lora", epochs=2, lr=5e-3, progress=False)
+
+
+def test_a_no_is_as_often_asked_about_as_it_is_taken():
+    """So that yes against no says what the user adds to how often an item is taken."""
+    rng = np.random.default_rng(0)
+    often = np.arange(ITEMS) ** 2 + 1.0
+    cells = [(u, i) for u in range(200) for i in rng.choice(ITEMS, 5, replace=False, p=often / often.sum())]
+    train = Interactions(*np.array(cells).T, None, IdMap(range(200)), IdMap(range(ITEMS), what="item id"))
+    none = Lists(np.arange(0), np.zeros((0, 3), int), np.zeros((0, 3), bool))
+    some = instruct.examples(train, TITLES, none, tasks=("pointwise",), rounds=3, negatives=4)
+    asked = {
+        a: np.array([sum(e.fields["candidate"] == t for e in some if e.answer == a) for t in TITLES]) for a in (YES, NO)
+    }
+    # what many took is drawn often, and refused often since few of those asked have it
+    free = train.item_counts * (200 - train.item_counts)
+    assert np.corrcoef(asked[NO], free)[0, 1] > 0.97 > np.corrcoef(asked[NO], 200 - train.item_counts)[0, 1]
+    assert np.corrcoef(asked[YES], train.item_counts)[0, 1] > 0.97
 
 
 def test_what_is_not_taken_comes_from_the_first_stage_and_from_anywhere(world):
@@ -135,6 +154,34 @@ def test_the_loss_is_the_answers_alone(nano):
         assert answer_loss(nano.model, some, batch_tokens=tokens) == pytest.approx(total / count, abs=1e-4)
 
 
+def test_what_prompts_share_is_read_once_to_the_same_end(nano, monkeypatch):
+    rng = np.random.default_rng(0)
+    some = []
+    for _ in range(4):
+        told = rng.integers(5, 400, 30).tolist()
+        some += [
+            ([*told, *rng.integers(5, 400, n).tolist()], rng.integers(5, 400, 3 - n % 2).tolist()) for n in (1, 4, 7)
+        ]
+    some.append(([7, 8], [9, 3]))  # shares nothing
+
+    def read():
+        model = copy.deepcopy(nano.model)
+        groups = causal._groups(model, some, 150)
+        loss = causal._Answering(model)(*causal._tensors(some, groups, torch.device("cpu")))
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return groups, loss.item(), gradient, answer_loss(nano.model, some, batch_tokens=150)
+
+    groups, loss, gradient, mean = read()
+    assert [size for size, _ in groups] == [30, 30, 30, 30, 0]
+    assert causal._lengths(some, groups).sum() < 0.6 * sum(len(p) + len(a) for p, a in some)
+    monkeypatch.setattr(causal, "MASKED", ())
+    alone = read()
+    assert len(alone[0]) == 13
+    assert loss == pytest.approx(alone[1], rel=1e-5) and mean == pytest.approx(alone[3], rel=1e-5)
+    torch.testing.assert_close(gradient, alone[2], atol=1e-4, rtol=1e-3)
+
+
 def test_a_run_that_was_cut_off_ends_as_it_would_have(nano, tmp_path, monkeypatch):
     some, held = rows(nano)[8:], rows(nano)[:8]
     options = {"valid": held, "epochs": 3, "batch_tokens": 60, "lr": 1e-2, "progress": False}
@@ -174,8 +221,8 @@ def test_what_cannot_be_trained_says_why(nano, world):
     frozen = copy.deepcopy(nano.model).requires_grad_(False)
     with pytest.raises(DataError, match="attach a LoRA"):
         fit_causal(frozen, some, valid=some)
-    few = instruct.examples(train, TITLES, first, tasks=("pointwise",), per_user=1)[:1]
-    with pytest.raises(DataError, match="give more examples"):
+    few = instruct.examples(train, TITLES, first, tasks=("pointwise",), per_user=1)[:3]
+    with pytest.raises(DataError, match="of 1 users leaves 1 aside"):
         instruct.instruct(nano, few)
     long = [instruct.Example("next_title", {"profile": "", "evidence": [], "history": ["x" * 9000]}, " y")]
     with pytest.raises(DataError, match=r"example 0 \(next_title\) has \d+ tokens"):

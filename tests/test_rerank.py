@@ -119,6 +119,19 @@ def test_blend_0_is_the_scorer_and_few_candidates_are_enough(nano, train, scores
         assert [set(i[r]) for i, r in zip(found.items, found.real, strict=True)] == [{22}, {21, 22}]
 
 
+def test_the_prior_is_how_often_an_item_was_taken(nano, train, scores):
+    plain = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=6, progress=False)
+    users = np.arange(3)
+    before = plain.rerank(users)
+    values = {u: dict(zip(items, v, strict=True)) for u, (items, _, v) in plain.judged.items()}
+    for weight in (0.0, 0.5, 50.0):
+        after = plain.blended(1.0, weight).rerank(users)
+        for user, row in zip(users, after.items, strict=True):
+            due = {i: v + weight * np.log1p(train.item_counts[i]) for i, v in values[user].items()}
+            assert row.tolist() == sorted(due, key=lambda i: -due[i])
+    assert (before.items != after.items).any()
+
+
 def test_reasoning_is_written_before_the_judgement_and_kept(nano, train, scores, tmp_path):
     options = {"n": 3, "last": 2, "reasoning": True, "folder": tmp_path, "progress": False}
     made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], **options)

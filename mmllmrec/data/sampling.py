@@ -5,7 +5,7 @@ Legend: N events, B batch, K negatives, U users, I items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 from mmllmrec.data.interactions import DataError, Interactions
 
 K = TypeVar("K")
+SHARED = 16  # tokens that rows must begin with alike to be read together
 
 
 @dataclass
@@ -214,6 +215,31 @@ def packed(order: Iterable[K], lengths: Mapping[K, int], tokens: int) -> Iterato
         batch.append(n)
     if batch:
         yield batch
+
+
+def sharing(
+    rows: Sequence[Sequence[int]], ends: Sequence[int], fits: Callable[[int, Sequence[int]], bool]
+) -> list[tuple[int, list[int]]]:
+    """Rows of tokens that follow one another and begin alike: (how many tokens they share, the numbers of the rows).
+
+    The last ``ends`` tokens of a row are never shared. Rows are put together where they share at least ``SHARED``
+    tokens and half of the longest, and where ``fits`` says so of the number of shared tokens and the rows' numbers.
+
+    >>> sharing([[*range(20), 1], [*range(20), 2], [3, 4]], [1, 1, 1], lambda size, some: len(some) < 9)
+    [(20, [0, 1]), (0, [2])]
+    """
+    groups: list[tuple[int, list[int]]] = []
+    for n, row in enumerate(rows):
+        if groups:
+            size, some = groups[-1]
+            most = min(size if len(some) > 1 else len(rows[some[0]]) - ends[some[0]], len(row) - ends[n])
+            alike = next((k for k in range(most) if row[k] != rows[some[0]][k]), most)
+            longest = max(len(rows[m]) for m in (*some, n))
+            if alike >= max(SHARED, longest // 2) and fits(alike, [*some, n]):
+                groups[-1] = alike, [*some, n]
+                continue
+        groups.append((0, [n]))
+    return groups
 
 
 def log_inclusion(counts: np.ndarray, batch_size: int) -> np.ndarray:

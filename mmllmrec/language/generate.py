@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.data.sampling import packed
+from mmllmrec.data.sampling import packed, sharing
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt
 from mmllmrec.features.towers import load_causal, still, weights_hash
@@ -34,7 +34,6 @@ from mmllmrec.shipped import shipped
 
 TOKENS = 8192  # of a batch, those to be written among them
 CLOSING = 4096  # steps in which an answer that was cut must come to an end
-SHARED = 16  # tokens that rows must begin with alike to be read together
 CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
 LETTERS = b"abcdefghijklmnopqrstuvwxyz0123456789@.:/-"  # what a pattern that is not yet met is tried with first
 CLOSERS = (b'"', b"]", b"}")  # what ends a string, a list, an object, in the order in which it is tried
@@ -513,17 +512,7 @@ def _grouped(rows: Sequence[list[int]], counts: Sequence[int], tokens: int) -> I
     ``counts`` are how many places at a row's end must be read apart. A batch's rows hold at most 4 ``tokens`` tokens
     with what they share, which is a cache and not read again, or are one group.
     """
-    groups: list[tuple[int, list[int]]] = []
-    for n, row in enumerate(rows):
-        if groups:
-            size, some = groups[-1]
-            most = min(size if len(some) > 1 else len(rows[some[0]]) - counts[some[0]], len(row) - counts[n])
-            alike = next((k for k in range(most) if row[k] != rows[some[0]][k]), most)
-            longest = max(len(rows[m]) for m in (*some, n))
-            if alike >= max(SHARED, longest // 2) and (len(some) + 1) * longest <= 4 * tokens:
-                groups[-1] = alike, [*some, n]
-                continue
-        groups.append((0, [n]))
+    groups = sharing(rows, counts, lambda _, some: len(some) * max(len(rows[n]) for n in some) <= 4 * tokens)
     batch: list[tuple[int, list[int]]] = []
     widest = held = 0
     for size, some in sorted(groups, key=lambda g: (g[0], len(rows[g[1][0]]))):

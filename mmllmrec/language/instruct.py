@@ -31,11 +31,12 @@ TASKS = ("pointwise", "pairwise", "listwise", "next_title")
 
 @dataclass(frozen=True)
 class Example:
-    """A question and its answer: the prompt's name (the task), its fields, and what is to be said."""
+    """A question and its answer: the prompt's name (the task), its fields, what is to be said, and whom it is about."""
 
     task: str
     fields: Mapping[str, Any]
     answer: str
+    user: int = 0
 
 
 def examples(
@@ -44,77 +45,117 @@ def examples(
     candidates: Lists,
     *,
     tasks: Sequence[str] = TASKS,
-    per_user: int = 8,
+    rounds: int = 1,
+    per_user: int = 4,
     negatives: int = 2,
     listed: int = 20,
     last: int = LAST,
+    users: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Example]:
-    """Questions whose answers training events know, those of each user about up to ``per_user`` of their events.
+    """Questions whose answers training events know.
 
-    The event asked about is taken out of the history that the prompt tells, the ``last`` of what is left. What is not
-    taken comes from ``candidates`` (``ranking.top`` of a first stage, items of ``train`` left out), so that a model
-    learns to tell apart what it will be asked to order, half of it, and from all items, the other half. Tasks:
-    ``pointwise`` (yes to the event's item, no to ``negatives`` others), ``pairwise`` (one of each, in either place),
-    ``listwise`` (``listed`` candidates, the event's item first in the answer, the others in the first stage's order),
-    ``next_title`` (what was taken). Only training events are asked about: an item that is taken in validation or test
-    alone can only be a "no", as for every sampled negative. Raises ``DataError`` for an unknown task, and
-    where there is nothing to ask about.
+    In each of ``rounds`` up to ``per_user`` events of a user, and at most half of them, are hidden and asked about; the
+    ``last`` of the others are the history that the prompts tell, with ``users``, a profile a user (``profiles``), where
+    given. Tasks:
+
+    - ``pointwise``: yes to a hidden event's item, no to ``negatives`` items of other users' events, which are drawn as
+      often as they are taken. The log-odds of yes are then, but for a constant, log p(item | user) - log p(item).
+    - ``pairwise``: a hidden item and another, in either place; ``listwise``: ``listed`` candidates, the hidden item
+      first in the answer, the others in the first stage's order. The others come half from ``candidates``
+      (``ranking.top`` of a first stage, items of ``train`` left out), so that a model learns to tell apart what it will
+      be asked to order, and half from all items.
+    - ``next_title``: what was taken.
+
+    Only training events are asked about: an item that is taken in validation or test alone can only be a "no", as for
+    every sampled negative. Raises ``DataError`` for an unknown task, and where there is nothing to ask about.
     """
     unknown = [t for t in tasks if t not in TASKS]
     if unknown or not tasks:
         raise DataError(f"tasks={list(tasks)}: {unknown} are not known; these are {list(TASKS)}")
     if "listwise" in tasks and not 2 <= listed <= len(LABELS):
         raise DataError(f"listed={listed}: 2 to {len(LABELS)} candidates have a letter")
+    if min(rounds, per_user, negatives) < 1:
+        raise DataError(f"rounds={rounds}, per_user={per_user}, negatives={negatives}: each is at least 1")
     told = np.array([bool(t) for t in texts])
-    warm = np.flatnonzero((train.item_counts > 0) & told)
+    events, warm = train.items[told[train.items]], np.flatnonzero((train.item_counts > 0) & told)
+    asker = _Asker(texts, events, warm, negatives, listed)
     offered = {
-        int(u): items[real & told[items]]
+        int(u): items[real & told[items]].tolist()
         for u, items, real in zip(candidates.users, candidates.items, candidates.real, strict=True)
     }
     found: list[Example] = []
     for user, items in enumerate(histories(train, last=train.n_items)):
         items = items[told[items]]
-        if len(items) < 2:
-            continue
-        rng = numbers(seed, "instruct", user)
         taken = set(items.tolist())
-        others = [int(i) for i in offered.get(user, ()) if int(i) not in taken]
-        for item in rng.permutation(items)[:per_user].tolist():
-            history = [texts[i] for i in items[items != item][-last:]]
-            asked = {**NOBODY, "history": history}
-            wrong = _wrong(rng, others, warm, taken, max(negatives, listed))
-            if not wrong:
-                continue
-            if "pointwise" in tasks:
-                judged = [(item, YES), *((i, NO) for i in wrong[:negatives])]
-                found += [Example("pointwise", {**asked, "candidate": texts[i], "reasoning": ""}, a) for i, a in judged]
-            if "pairwise" in tasks:
-                two = [item, wrong[0]] if rng.random() < 0.5 else [wrong[0], item]
-                pair = {"first": texts[two[0]], "second": texts[two[1]]}
-                found.append(Example("pairwise", {**asked, **pair}, f" {'ab'[two.index(item)]}"))
-            if "listwise" in tasks:
-                some = wrong[: listed - 1]
-                best = [item, *(i for i in others if i in some), *(i for i in some if i not in others)]
-                order = rng.permutation(len(best))
-                rows = [{"label": LABELS[n], "item": texts[best[c]]} for n, c in enumerate(order)]
-                answer = ", ".join(LABELS[int(np.flatnonzero(order == c)[0])] for c in range(len(best)))
-                found.append(Example("listwise", {**asked, "candidates": rows, "reasoning": ""}, f" {answer}"))
-            if "next_title" in tasks:
-                found.append(Example("next_title", asked, f" {texts[item]}"))
+        others = [i for i in offered.get(user, ()) if i not in taken]
+        for turn in range(rounds if len(items) > 1 else 0):
+            rng = numbers(seed, "instruct", user, turn)
+            hidden = rng.permutation(len(items))[: min(per_user, len(items) // 2)]
+            history = [texts[i] for i in np.delete(items, hidden)[-last:]]
+            asked = {**NOBODY, "history": history, "profile": users[user] if users is not None else ""}
+            for task in tasks:  # those of one task follow one another: they begin alike
+                for item in items[hidden].tolist():
+                    some = getattr(asker, task)(rng, item, taken, others)
+                    found += [Example(task, {**asked, **fields}, answer, user) for fields, answer in some]
     if not found:
         raise DataError("no user of training has two items of which something is said: there is nothing to ask about")
     return found
 
 
-def _wrong(rng: np.random.Generator, others: list[int], warm: np.ndarray, taken: set[int], count: int) -> list[int]:
-    """Up to ``count`` distinct items that were not taken: from ``others`` and from ``warm`` in turn."""
-    drawn = [int(i) for i in rng.permutation(others)] if others else []
-    anywhere = [int(i) for i in rng.choice(warm, min(2 * count + len(taken), len(warm)), replace=False)]
-    turns = [drawn, anywhere] if rng.random() < 0.5 else [anywhere, drawn]
-    mixed = [i for n in range(max(map(len, turns))) for some in turns for i in some[n : n + 1]]
-    kept = [i for i in dict.fromkeys(mixed) if i not in taken]
-    return kept[:count]
+@dataclass(frozen=True)
+class _Asker:
+    """The tasks: fields and answers of questions about an item that a user took. ``events`` are the items of all
+    events, ``warm`` each of them once."""
+
+    texts: Sequence[str]
+    events: np.ndarray
+    warm: np.ndarray
+    negatives: int
+    listed: int
+
+    def pointwise(
+        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
+    ) -> list[tuple[dict[str, Any], str]]:
+        drawn = rng.choice(self.events, 4 * self.negatives + len(taken)).tolist()
+        wrong = [i for i in drawn if i not in taken][: self.negatives]
+        judged = [(item, YES), *((i, NO) for i in wrong)] if wrong else []
+        return [({"candidate": self.texts[i], "reasoning": ""}, answer) for i, answer in judged]
+
+    def pairwise(
+        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
+    ) -> list[tuple[dict[str, Any], str]]:
+        found = []
+        for wrong in self._wrong(rng, others, taken, 1):
+            two = [item, wrong] if rng.random() < 0.5 else [wrong, item]
+            pair = {"first": self.texts[two[0]], "second": self.texts[two[1]]}
+            found.append((pair, f" {'ab'[two.index(item)]}"))
+        return found
+
+    def listwise(
+        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
+    ) -> list[tuple[dict[str, Any], str]]:
+        some = self._wrong(rng, others, taken, self.listed - 1)
+        if not some:
+            return []
+        best = [item, *(i for i in others if i in some), *(i for i in some if i not in others)]
+        order = rng.permutation(len(best))
+        rows = [{"label": LABELS[n], "item": self.texts[best[c]]} for n, c in enumerate(order)]
+        answer = ", ".join(LABELS[int(np.flatnonzero(order == c)[0])] for c in range(len(best)))
+        return [({"candidates": rows, "reasoning": ""}, f" {answer}")]
+
+    def next_title(
+        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
+    ) -> list[tuple[dict[str, Any], str]]:
+        return [({}, f" {self.texts[item]}")]
+
+    def _wrong(self, rng: np.random.Generator, others: list[int], taken: set[int], count: int) -> list[int]:
+        """Up to ``count`` distinct items that were not taken: from ``others`` and from all in turn."""
+        drawn = [int(i) for i in rng.permutation(others)] if others else []
+        anywhere = rng.choice(self.warm, min(2 * count + len(taken), len(self.warm)), replace=False).tolist()
+        turns = [drawn, anywhere] if rng.random() < 0.5 else [anywhere, drawn]
+        mixed = [i for n in range(max(map(len, turns))) for some in turns for i in some[n : n + 1]]
+        return list(dict.fromkeys(i for i in mixed if i not in taken))[:count]
 
 
 def rows_of(generator: Generator, some: Sequence[Example]) -> list[Row]:
@@ -144,15 +185,18 @@ def instruct(
 ) -> Generator:
     """The same language model with a LoRA of ``rank`` that was trained to give the examples' answers.
 
-    A share ``valid`` of the examples is kept aside to choose the epoch; ``fit`` are the keywords of ``fit_causal``.
-    ``folder`` gets checkpoints while it trains (a run that was cut off goes on) and the adapter in PEFT's format, which
-    ``Generator.load(adapter=)`` reads; ``generator`` itself is left as it is. For causal models whose projections are
-    named as Llama's are (``features.adapters.LANGUAGE``); others raise ``DataError``.
+    The examples of a share ``valid`` of the users are kept aside to choose the epoch; ``fit`` are the keywords of
+    ``fit_causal``. ``folder`` gets checkpoints while it trains (a run that was cut off goes on) and the adapter in
+    PEFT's format, which ``Generator.load(adapter=)`` reads; ``generator`` itself is left as it is. For causal models
+    whose projections are named as Llama's are (``features.adapters.LANGUAGE``); others raise ``DataError``.
     """
     rows = rows_of(generator, some)
-    aside = numbers(seed, "aside").random(len(rows)) < valid
+    whose = np.unique([one.user for one in some], return_inverse=True)[1]
+    whole = int(whose.max(initial=-1)) + 1
+    kept = numbers(seed, "aside").permutation(whole)[: max(round(valid * whole), 1)]
+    aside = np.isin(whose, kept)
     if not aside.any() or aside.all():
-        raise DataError(f"valid={valid} of {len(rows)} examples leaves {int(aside.sum())} aside: give more examples")
+        raise DataError(f"valid={valid} of {whole} users leaves {len(kept)} aside: give examples of more users")
     seed_everything(seed)  # a LoRA's first factor is drawn
     adapted = adapters.attach(copy.deepcopy(generator.model), rank=rank, kind="language")
     place = None if folder is None else Path(folder)

@@ -45,8 +45,11 @@ class Reranked:
     writes what speaks for and against (``preference_reasoning``). A model without a sense of the task orders at random.
 
     ``calibrate`` takes from a pointwise judgement what the model says of the same candidate for nobody in particular:
-    what a text says of itself, that it is the best or that the answer is yes, then counts for nothing. ``blend`` is the
-    weight of the model's judgement against the scorer's own (each standardised within the list; 1: the model alone).
+    what a text says of itself, that it is the best or that the answer is yes, then counts for nothing. So does how
+    often an item is taken by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to
+    the judgement. With 1 and a model that ``instruct`` tuned pointwise this is Bayes' rule: its judgement is log p(item
+    | user) - log p(item). ``blend`` is the weight of the model's judgement against the scorer's own (each standardised
+    within the list; 1: the model alone).
 
     Whatever the texts say, the outcome is a permutation of the candidates. ``tokens`` and ``seconds`` add up what was
     spent. Raises ``DataError`` for an unknown mode, and for a listwise ``n`` above 26, the letters there are.
@@ -60,6 +63,7 @@ class Reranked:
     mode: str = "pointwise"
     reasoning: bool = False
     calibrate: bool = True
+    prior: float = 0.0
     blend: float = 1.0
     passes: int = 1
     last: int = LAST
@@ -126,9 +130,9 @@ class Reranked:
         order = np.argsort(-values, axis=1, kind="stable")
         return Lists(users, np.take_along_axis(items, order, axis=1), np.take_along_axis(real, order, axis=1))
 
-    def blended(self, blend: float) -> Reranked:
-        """The same with another ``blend``; what was judged is not judged again."""
-        return replace(self, blend=blend, scorer=self._frozen)
+    def blended(self, blend: float, prior: float | None = None) -> Reranked:
+        """The same with another ``blend``, and ``prior``; what was judged is not judged again."""
+        return replace(self, blend=blend, prior=self.prior if prior is None else prior, scorer=self._frozen)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -144,7 +148,8 @@ class Reranked:
         return self._pointwise(lists) if self.mode == "pointwise" else self._listwise(lists)
 
     def _blended(self, lists: Lists, values: np.ndarray) -> np.ndarray:
-        """Judgements (B, N), mixed with the scorer's own; what is no candidate stays last."""
+        """Judgements (B, N) and the prior, mixed with the scorer's own; what is no candidate stays last."""
+        values = values + self.prior * np.log1p(self.train.item_counts[lists.items])
         if self.blend < 1:
             own = np.take_along_axis(self._own(lists.users).numpy(), lists.items, axis=1)
             values = self.blend * _standard(values, lists.real) + (1 - self.blend) * _standard(own, lists.real)

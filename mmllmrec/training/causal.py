@@ -22,13 +22,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.data.sampling import packed
+from mmllmrec.data.sampling import packed, sharing
 from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, reset_peak_memory, write_json
 from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
 from mmllmrec.training.fit import DivergedError, Run, factor
 
 Row = tuple[Sequence[int], Sequence[int]]  # the tokens of a prompt, and those of its answer, end mark included
+Group = tuple[int, list[int]]  # how many tokens some rows begin with alike, and their numbers
+MASKED = ("eager", "sdpa")  # attention that reads a mask of any shape
 CHUNK = 64  # batches whose rows are sorted by length together: enough for batches of like length, drawn anew each epoch
 
 
@@ -39,9 +41,13 @@ class _Answering(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, places: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        states = base.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        if mask.dim() == 4:
+            mask = torch.zeros(mask.shape, dtype=base.dtype, device=ids.device).masked_fill_(
+                ~mask, torch.finfo(base.dtype).min
+            )
+        states = base.get_decoder()(input_ids=ids, position_ids=places, attention_mask=mask).last_hidden_state
         # the head is the widest layer: it sees only the states that an answer's tokens are told from
         here = answers[:, 1:]
         logits = base.get_output_embeddings()(states[:, :-1][here])
@@ -70,12 +76,13 @@ def fit_causal(
     """Train the parameters of a causal model that have a gradient (its LoRA) to give each row's answer.
 
     The loss is the mean negative log-likelihood of the answers' tokens, in nats a token; a prompt's tokens are read and
-    not learned. Batches hold rows of like length, at most ``batch_tokens`` tokens with their padding, in an order drawn
-    every epoch. AdamW, linear ``warmup`` and half a cosine to zero; ``clip`` bounds the gradient's norm. After every
-    epoch the loss on ``valid`` is measured, and the weights of the best epoch are kept; ``patience`` is how many epochs
-    without a better one end it. With ``folder`` a checkpoint is written after every epoch and every
-    ``checkpoint_every`` steps, and a run that was cut off goes on, to the same result. Started by ``accelerate launch``
-    or torchrun every process takes its share of a batch.
+    not learned. What prompts that follow one another begin with alike is read once, with the same outcome: put
+    questions about one history together. Batches hold rows of like length, at most ``batch_tokens`` tokens with their
+    padding, in an order drawn every epoch. AdamW, linear ``warmup`` and half a cosine to zero; ``clip`` bounds the
+    gradient's norm. After every epoch the loss on ``valid`` is measured, and the weights of the best epoch are kept;
+    ``patience`` is how many epochs without a better one end it. With ``folder`` a checkpoint is written after every
+    epoch and every ``checkpoint_every`` steps, and a run that was cut off goes on, to the same result. Started by
+    ``accelerate launch`` or torchrun every process takes its share of a batch.
 
     Returns a ``Run`` whose ``best_score`` is minus the validation loss. Raises ``DataError`` for rows without an
     answer, for a model without a trainable parameter and for a ``folder`` of another run, and ``DivergedError``.
@@ -110,7 +117,8 @@ def fit_causal(
     loss_of, optimiser = accelerator.prepare(_Answering(model), optimiser)
     inner = getattr(optimiser, "optimizer", optimiser)
     checkpoint.set_moments(inner, moments)
-    lengths = np.array([len(p) + len(a) for p, a in rows])
+    groups = _groups(model, rows, batch_tokens)
+    lengths = _lengths(rows, groups)
     # as many as a first epoch has: the schedule must not wait for later ones to be drawn
     an_epoch = len(_batches(lengths, batch_tokens, generator(seed, "rows", 0)))
     total, spent = epochs * an_epoch, state["spent"]
@@ -137,10 +145,10 @@ def fit_causal(
             for group in inner.param_groups:
                 group["lr"] = lr * factor(min(now, total), total, "cosine", warmup)
             torch.manual_seed(int(stream(seed, "step", number, position, rank).generate_state(1)[0]))
-            answered = sum(len(rows[n][1]) for n in batch)
+            answered = sum(len(rows[n][1]) for g in batch for n in groups[g][1])
             share = batch[rank::world] or batch[:1]
             with accelerator.autocast():
-                summed = loss_of(*_tensors([rows[n] for n in share], accelerator.device))
+                summed = loss_of(*_tensors(rows, [groups[g] for g in share], accelerator.device))
             if not bool(torch.isfinite(summed)):
                 raise DivergedError(f"the loss is not finite in epoch {number}, step {position}: lower lr={lr}")
             optimiser.zero_grad(set_to_none=True)
@@ -197,18 +205,34 @@ def answer_loss(model: Any, rows: Sequence[Row], *, batch_tokens: int = 8192) ->
     """Mean negative log-likelihood of the answers' tokens, in nats; in float32, on the model's device."""
     was, device = model.training, next(model.parameters()).device
     model.eval()
-    lengths = np.array([len(p) + len(a) for p, a in rows])
+    groups = _groups(model, rows, batch_tokens)
     summed = 0.0
     try:
-        for batch in _batches(lengths, batch_tokens, None):
-            summed += float(_Answering(model)(*_tensors([rows[n] for n in batch], device)))
+        for batch in _batches(_lengths(rows, groups), batch_tokens, None):
+            summed += float(_Answering(model)(*_tensors(rows, [groups[g] for g in batch], device)))
     finally:
         model.train(was)
     return summed / sum(len(a) for _, a in rows)
 
 
+def _groups(model: Any, rows: Sequence[Row], tokens: int) -> list[Group]:
+    """Rows with what they begin with alike, in groups of at most ``tokens`` tokens; each alone where a model's
+    attention cannot be told which of them a token sees."""
+    whole = [[*prompt, *answer] for prompt, answer in rows]
+    if getattr(model.config, "_attn_implementation", None) not in MASKED:
+        return [(0, [n]) for n in range(len(rows))]
+    # a prompt's last token is each row's own: what follows it is learned
+    ends = [len(answer) + 1 for _, answer in rows]
+    return sharing(whole, ends, lambda size, some: size + sum(len(whole[n]) - size for n in some) <= tokens)
+
+
+def _lengths(rows: Sequence[Row], groups: Sequence[Group]) -> np.ndarray:
+    """Tokens that are read of each group."""
+    return np.array([size + sum(len(rows[n][0]) + len(rows[n][1]) - size for n in some) for size, some in groups])
+
+
 def _batches(lengths: np.ndarray, tokens: int, rng: np.random.Generator | None) -> list[list[int]]:
-    """Row numbers in batches of like length, drawn with ``rng``, in order of length without."""
+    """Numbers of groups in batches of like length, drawn with ``rng``, in order of length without."""
     order = np.argsort(lengths, kind="stable") if rng is None else rng.permutation(len(lengths))
     size = max(int(CHUNK * tokens / max(lengths.mean(), 1)), 1)
     found: list[list[int]] = []
@@ -218,11 +242,36 @@ def _batches(lengths: np.ndarray, tokens: int, rng: np.random.Generator | None) 
     return found if rng is None else [found[n] for n in rng.permutation(len(found))]
 
 
-def _tensors(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens padded on the right, which of them are there, and which are an answer's: (B, L) each."""
-    ids = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in rows], batch_first=True)
-    starts = torch.tensor([len(prompt) for prompt, _ in rows])[:, None]
-    ends = starts + torch.tensor([len(answer) for _, answer in rows])[:, None]
-    place = torch.arange(ids.shape[1])
-    mask = place < ends
-    return ids.to(device), mask.long().to(device), (mask & (place >= starts)).to(device)
+def _tensors(
+    rows: Sequence[Row], groups: Sequence[Group], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A line a group, padded on the right: what its rows share, then the rest of each. Tokens, their places in their
+    rows, and which are an answer's: (B, L) each; and, third, which are there, (B, L), or, where rows share something,
+    which of the others each token sees, (B, 1, L, L)."""
+    lines = [_line(rows, *group) for group in groups]
+    ids, places, owners, answers = (
+        pad_sequence([torch.tensor(line[n]) for line in lines], batch_first=True, padding_value=fill)
+        for n, fill in enumerate((0, 0, -1, 0))
+    )
+    mask = owners >= 0
+    if any(size for size, _ in groups):
+        # what is shared, what is of the same row, and, for those that pad, themselves
+        order = torch.arange(ids.shape[1])
+        seen = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
+        mask = (seen & (order <= order[:, None]))[:, None]
+    else:
+        mask = mask.long()
+    return ids.to(device), places.to(device), mask.to(device), answers.bool().to(device)
+
+
+def _line(rows: Sequence[Row], size: int, some: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """A group's tokens, their places, whose they are (0: all rows'), and which are an answer's."""
+    ids, places, owners, answers = list(rows[some[0]][0][:size]), list(range(size)), [0] * size, [0] * size
+    for number, n in enumerate(some, 1):
+        prompt, answer = rows[n]
+        ids += [*prompt[size:], *answer]
+        count = len(prompt) + len(answer) - size
+        places += range(size, size + count)
+        owners += [number] * count
+        answers += [*[0] * (len(prompt) - size), *[1] * len(answer)]
+    return ids, places, owners, answers
