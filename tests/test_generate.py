@@ -85,6 +85,23 @@ def test_what_rows_share_is_read_once(nano, monkeypatch, answers, tokens):
     torch.testing.assert_close(found, nano.likelihoods(ask, rows, answers, progress=False), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("output", [None, {"type": "array", "items": {"type": "string"}, "maxItems": 3}])
+def test_what_rows_share_is_read_once_before_writing_too(nano, monkeypatch, output):
+    source = "{{ history | join(' ') }} and then {{ title }}"
+    ask = Prompt("ask", 1, {"history": "texts", "title": "text"}, source, output=output)
+    rows = [{"history": TITLES[: 2 + h] * (1 + 2 * h), "title": t} for h in range(4) for t in TITLES]
+    counted = []
+    whole = Generator._write
+    monkeypatch.setattr(
+        Generator, "_write", lambda self, group, *rest: counted.append(group) or whole(self, group, *rest)
+    )
+    found = nano.generate(ask, rows, max_tokens=20, batch_tokens=300, progress=False)
+    shared = [len(some) for group in counted for size, some in group if size]
+    assert shared and max(shared) > 3 and len({one.text for one in found}) > 3
+    monkeypatch.setattr("mmllmrec.data.sampling.SHARED", 10**6)  # every row by itself
+    assert found == nano.generate(ask, rows, max_tokens=20, batch_tokens=300, progress=False)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40, 400])
 def test_any_model_writes_json_of_the_schema(untrained, tokens):
     model = Generator.load(untrained, context=600)

@@ -7,7 +7,7 @@ from mmllmrec.features.prompts import load_prompt
 from mmllmrec.language.generate import Generator
 from mmllmrec.language.writer import TASKS, Recipe, Shop, answers, train
 
-SMALL = Recipe(items=120, users=30, events=600, rows=80, epochs=1, vocabulary=700, batch_tokens=4096)
+SMALL = Recipe(items=120, users=30, events=600, rows=60, repeats=240, vocabulary=700, batch_tokens=4096)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,10 @@ def test_answers_are_of_their_schemas_and_true(shop):
         prompt.render(**fields)
         prompt.check(value)
         if name == "preference_reasoning":
-            weighed = [t for t in f"{value['for']}, {value['against']}".split(", ") if t != "nothing"]
-            assert sorted(weighed) == sorted(fields["candidate"].replace("for ", "").split(", "))
+            weighed = [t.rsplit(" ", 1) for t in f"{value['for']}, {value['against']}".split(", ") if t != "nothing"]
+            assert sorted(t for t, _ in weighed) == sorted(fields["candidate"].replace("for ", "").split(", "))
+            told = [line.replace("for ", "").split(", ") for line in fields["history"]]
+            assert all(int(n) == sum(t in one for one in told) for t, n in weighed)
         if name == "user_profile" and len(fields["history"]) > 8 and value["likes"]:
             best = value["likes"][0]
             assert sum(best in line for line in fields["history"]) >= 2

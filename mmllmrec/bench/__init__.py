@@ -6,6 +6,7 @@ fitted goes on from its checkpoint.
 
 from mmllmrec.bench.ablations import ablations
 from mmllmrec.bench.answer import Answer
+from mmllmrec.bench.language import language
 from mmllmrec.bench.literature import survey
 from mmllmrec.bench.parity import PARITY, beside, parity
 from mmllmrec.bench.published import QUICKSTART, movielens, quickstart
@@ -35,6 +36,7 @@ __all__ = [
     "ablations",
     "beside",
     "entry",
+    "language",
     "model_of",
     "movielens",
     "parity",

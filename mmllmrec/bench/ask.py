@@ -43,8 +43,8 @@ class Budget:
 class Question:
     """A comparison: its rows, the split of a seed, scorers beside the rows (``beside``, or what makes them of a seed's
     runs), further metrics of a seed's runs (``more``), the claims that are judged, and sentences on the finished answer
-    (``notes``). ``first`` is the system whose controls at test are rows. Settings are searched on the validation part
-    of ``search``'s split."""
+    (``notes``). ``first`` is the system whose controls at test are rows; ``about`` is what else decides the numbers.
+    Settings are searched on the validation part of ``search``'s split."""
 
     name: str
     title: str
@@ -58,6 +58,7 @@ class Question:
     more: Callable[[Split, Mapping[str, Any], int], dict[str, list[float]]] = lambda split, runs, seed: {}
     notes: Callable[[Answer], list[str]] = field(default=lambda answer: [])
     search: Callable[[RecDataset], Split] = field(default=lambda data: splits.cold_items(data, seed=0))
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def ask(
@@ -105,6 +106,7 @@ def ask(
         ]
         # what decides a seed's numbers besides the split and the settings of fit
         about = {r.name: tuned[r.search].options for r in rows} | {"controls": list(question.controls)}
+        about |= question.about
 
         def more(runs: Mapping[str, Any], report: Any) -> dict[str, list[float]]:
             found = {f"{n} | {COST} | {what}": [v] for n, run in runs.items() for what, v in _costs(run).items()}
@@ -155,6 +157,7 @@ def ask(
         "minutes run": {name: found.card.settings["minutes run"] for name, found in tuned.items()},
         "verdicts": _plain(verdicts.to_dict("records")),
         "told": answer.told(),
+        **question.about,
     }
     card_of(question.name, cards, frame, **settings).save_with(str(answer), place)
     return answer

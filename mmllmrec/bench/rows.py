@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 
 from mmllmrec.bench.run import SOFTMAX
@@ -180,28 +181,40 @@ def _sound_and_words(data: RecDataset) -> RecDataset:
 
 
 def two_stage_features(
-    split: Split, kind: str, preset: Preset, *, modalities: tuple[str, ...] | None = None
+    split: Split,
+    kind: str,
+    preset: Preset,
+    *,
+    modalities: tuple[str, ...] | None = None,
+    catalog: Catalog | None = None,
 ) -> FeatureTable:
-    """What a two-stage row reads, extracted beforehand, (I, D_m) a modality, of all modalities or some.
+    """What a two-stage row reads, extracted beforehand, (I, D_m) a modality, of all modalities or some; of another
+    ``catalog`` of the same items where given.
 
     ``"towers-1:48"``: what the frozen towers of the unified model's ``preset`` say, the words' states taken at language
     layer 1, whitened to 48 columns a part on the items with a training event (``Unified.tower_features``);
     ``"descriptors:64"``: the training-free ones of ``FeatureTable.from_catalog``, whitened to 64. Raises ``DataError``
     for another kind.
     """
-    warm = split.warm_items
+    warm, catalog = split.warm_items, catalog or split.catalog
     found = re.fullmatch(r"(?:descriptors|towers-(\d+)):(\d+)", kind)
     if found is None:
         raise DataError(f"features={kind!r}: use 'descriptors:64', or 'towers-0:48' for language layer 0")
     layer, keep = found[1], int(found[2])
     if layer is None:
-        table = FeatureTable.from_catalog(split.catalog, fit_on=warm)
+        table = FeatureTable.from_catalog(catalog, fit_on=warm)
         return (table if modalities is None else table.only(modalities)).whiten(warm, keep, shrink=SHRINK)
     from mmllmrec.models.unified import Unified
 
     chosen = replace(preset, enter=int(layer))
-    content: dict[str, Any] = {"data": split.train, "catalog": split.catalog, "modalities": modalities}
+    content: dict[str, Any] = {"data": split.train, "catalog": catalog, "modalities": modalities}
     return Unified.from_preset(chosen, **content, whiten=False).tower_features(keep=keep)
+
+
+def catalog_of(lines: Sequence[str], like: Catalog) -> Catalog:
+    """A catalogue of the same items that has one line of text of each, empty for none."""
+    columns = {"item_id": like.item_ids.ids, "title": [""] * len(lines), "text": list(lines)}
+    return Catalog(datasets.Dataset.from_dict(columns), like.item_ids, name=f"{like.name}, lines")
 
 
 def shuffled(table: FeatureTable, *, seed: int) -> FeatureTable:
@@ -269,8 +282,11 @@ def two_stage_row(
     *,
     modalities: tuple[str, ...] | None = None,
     change: Callable[[FeatureTable, Split], FeatureTable] | None = None,
+    written: Callable[[Split, Mapping[str, Any]], Sequence[str]] | None = None,
+    after: tuple[str, ...] = (),
 ) -> Row:
-    """The two-stage twin; under another name with some modalities, or with its table changed, and its settings."""
+    """The two-stage twin; under another name with some modalities, with its table changed, or with what is ``written``
+    of the items, a line each, as one more modality, and its settings."""
 
     def build(
         split: Split, made: Mapping[str, Any], *, features: str = "descriptors:64", vision: str = "", **options: Any
@@ -283,6 +299,11 @@ def two_stage_row(
                 asked.tables.clear()
             asked.tables[key] = two_stage_features(split, features, asked.towers(split, vision), modalities=modalities)
         table = asked.tables[key]
+        if written is not None:
+            own = catalog_of(written(split, made), split.catalog)
+            said = two_stage_features(split, features, asked.towers(split, vision), catalog=own)
+            tables = {f"profile's {m}": rows for m, rows in said.tables.items()}
+            table = table.beside(FeatureTable(tables, said.presence))
         senses = [m for m in split.catalog.modalities if m not in ("image", "text")]
         early = tuple(m for m in table.modalities if m not in senses) or None  # as the unified model's heads read
         return TwoStage(split.train, features=change(table, split) if change else table, early=early, **options)
@@ -290,7 +311,7 @@ def two_stage_row(
     from mmllmrec.models import TwoStage
 
     tuned = asked.hybrid | {"choices": ("features", FEATURES[asked.preset])} if name == "TwoStage" else {}
-    return Row(name, build, TwoStage.fit_defaults, search="TwoStage", **tuned)
+    return Row(name, build, TwoStage.fit_defaults, search="TwoStage", after=after, **tuned)
 
 
 def twin_row(asked: Setup, *, present: bool = False) -> Row:

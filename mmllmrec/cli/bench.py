@@ -261,3 +261,33 @@ def _question(name: str, about: str) -> None:
 
 for _name, _about in QUESTIONS.items():
     _question(_name, _about)
+
+
+@app.command("language")
+def bench_language(
+    data: Asked = "atelier",
+    path: At = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="a language model, 'nano-writer', a folder or a hub id; 'nano-writer' on planted worlds"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=2, help="first places that are put in another order")] = 50,
+    seeds: Seeds = 3,
+    trials: Trials = 6,
+    minutes: Minutes = 10.0,
+    folder: Folder = Path("runs/language"),
+    tuned: Searches = Path("runs/tuned"),
+    end_to_end: EndToEnd = False,
+    vision: Tower = None,
+    systems: Some = None,
+) -> None:
+    """What language adds: profiles as features, retrieval, and re-ranking zero-shot, tuned, with and without reasoning,
+    with tokens and seconds a user. Goes on where it was.
+
+    Example: [bold]mmllmrec bench language --data atelier --seeds 3[/bold]
+    """
+    from mmllmrec import bench
+
+    asked: dict[str, Any] = {"data": data, "path": path, "model": model, "n": n, "seeds": seeds, "trials": trials}
+    asked |= {"minutes": minutes, "folder": folder, "tuned": tuned, "end_to_end": end_to_end or None}
+    print(bench.language(**asked, vision=vision, systems=systems))

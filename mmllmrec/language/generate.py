@@ -5,11 +5,12 @@ Legend: N rows, A answers, B rows of a batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -32,6 +33,7 @@ from mmllmrec.seed import generator as numbers
 from mmllmrec.seed import stream
 from mmllmrec.shipped import shipped
 
+SHIPPED = {"nano": "adapters/nano-base/language", "nano-writer": "adapters/nano-writer"}
 TOKENS = 8192  # of a batch, those to be written among them
 CLOSING = 4096  # steps in which an answer that was cut must come to an end
 CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
@@ -73,13 +75,14 @@ class Generator:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> Self:
-        """``"nano"`` (shipped, speaks the planted worlds' language), or a ``transformers`` folder or hub id.
+        """``"nano"`` or ``"nano-writer"`` (shipped: both speak the planted worlds' language, and the second was taught
+        to answer this library's prompts), or a ``transformers`` folder or hub id.
 
         ``adapter`` is a LoRA's folder in PEFT's format, merged into the weights; ``context`` is the configuration's
         unless given. Raises ``DataError`` for what is not there, has no tokenizer, is no causal model, or would need
         code or pickles.
         """
-        where = str(shipped("adapters/nano-base") / "language") if source == "nano" else source
+        where = str(shipped(SHIPPED[source])) if source in SHIPPED else source
         model, tokenizer = load_causal(where)
         if adapter is not None:
             model = adapters.merged(model, Path(adapter))
@@ -103,6 +106,11 @@ class Generator:
         """Where the model is."""
         found: torch.device = next(self.model.parameters()).device
         return found
+
+    def adapted(self, folder: str | os.PathLike[str]) -> Self:
+        """The same with a LoRA's folder (PEFT's format) merged into a copy of the weights."""
+        model = adapters.merged(copy.deepcopy(self.model), Path(folder)).eval()
+        return replace(self, model=model, hash=identity(model), read=0)
 
     @cached_property
     def _marks(self) -> list[str]:
@@ -139,8 +147,9 @@ class Generator:
         Where the prompt has an ``output`` schema the text is held to it while it is written (``llguidance``), so that
         any model, trained or not, gives JSON that parses and validates; at ``max_tokens`` open strings, lists and
         objects are closed. Rows are batched by length, at most ``batch_tokens`` tokens a batch; equal rows are answered
-        once. With ``folder`` answers are kept in a JSON-lines file by model, prompt and settings, written batch by
-        batch: a run that was killed goes on there. A line that was cut off is dropped and written anew.
+        once, and what rows that follow one another begin with alike is read once. With ``folder`` answers are kept in a
+        JSON-lines file by model, prompt and settings, written batch by batch: a run that was killed goes on there. A
+        line that was cut off is dropped and written anew.
 
         Raises ``DataError`` for a row that renders longer than the model's ``context`` allows, for a schema that cannot
         be held, and for a file of answers with a broken line in its middle.
@@ -158,20 +167,23 @@ class Generator:
         kept = _Kept(None if folder is None else Path(folder), content_hash(self.hash, prompt.hash, settings))
         grammar = None if prompt.output is None else _Grammar(self, prompt.output)
         first = {key: n for n, key in reversed(list(enumerate(keys)))}
-        groups = _batches({k: len(asked[n]) + max_tokens for k, n in first.items()}, batch_tokens)
+        distinct = [asked[n] for n in first.values()]
+        groups = _grouped(distinct, [1] * len(distinct), batch_tokens, more=max_tokens)
+        names = list(first)
         bar = tqdm(total=len(first), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="answer")
         written = 0
         for number, group in enumerate(groups):
+            some = [names[n] for _, part in group for n in part]
             # drawn numbers are a batch's: one that is kept in part is written anew as a whole
-            if not all(key in kept.found for key in group):
+            if not all(key in kept.found for key in some):
                 drawn = int(stream(seed, "generate", number).generate_state(1)[0])
                 options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
                 with still(self.model), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                     torch.manual_seed(drawn)
-                    answers = self._write([asked[first[k]] for k in group], max_tokens, sample, options, grammar)
-                kept.add(dict(zip(group, answers, strict=True)))
+                    answers = self._write(group, distinct, max_tokens, sample, options, grammar)
+                kept.add(dict(zip(some, answers, strict=True)))
                 written += sum(a["tokens_out"] for a in answers)
-            bar.update(len(group))
+            bar.update(len(some))
             if bar.format_dict["elapsed"] > 0:
                 bar.set_postfix_str(f"{written / bar.format_dict['elapsed']:.0f} tokens/s")
         bar.close()
@@ -316,15 +328,7 @@ class Generator:
         share is read once.
         """
         base, places = self.model.get_decoder(), [n for _, some in group for n in some]
-        past: Any = None
-        mask = torch.zeros(len(places), 0, dtype=torch.long, device=self.device)
-        if any(size for size, _ in group):
-            ids, shared = self._padded([rows[some[0]][:size] for size, some in group])
-            order = (shared.cumsum(dim=1) - 1).clamp(min=0)
-            past = base(input_ids=ids, attention_mask=shared, position_ids=order, use_cache=True).past_key_values
-            owner = torch.tensor([g for g, (_, some) in enumerate(group) for _ in some], device=self.device)
-            past.batch_select_indices(owner)
-            mask = shared[owner]
+        past, _, mask = self._opened(group, rows)
         rest = [rows[n][size:] for size, some in group for n in some]
         ids, own = self._padded(rest)
         order = mask.sum(dim=1, keepdim=True) + (own.cumsum(dim=1) - 1).clamp(min=0)
@@ -335,6 +339,20 @@ class Generator:
         steps = self._last(out.last_hidden_state, max(counts[n] for n in places))
         return [(n, steps[row, -counts[n] :]) for row, n in enumerate(places)]
 
+    def _opened(self, group: Sequence[tuple[int, list[int]]], rows: Sequence[list[int]]) -> tuple[Any, Tensor, Tensor]:
+        """What the rows of a batch share with others, read once: the cache, a line a row, or None where they share
+        nothing; its tokens, and which of them are there, (B, P) each."""
+        count = sum(len(some) for _, some in group)
+        if not any(size for size, _ in group):
+            none = torch.zeros(count, 0, dtype=torch.long, device=self.device)
+            return None, none, none
+        ids, mask = self._padded([rows[some[0]][:size] for size, some in group])
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        out = self.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True)
+        owner = torch.tensor([g for g, (_, some) in enumerate(group) for _ in some], device=self.device)
+        out.past_key_values.batch_select_indices(owner)
+        return out.past_key_values, ids[owner], mask[owner]
+
     def _last(self, states: Tensor, count: int) -> Tensor:
         """Log-probabilities of the next token after each of the last ``count`` positions, (B, count, V) on the CPU: the
         head is the widest layer, and need not see the others."""
@@ -343,6 +361,7 @@ class Generator:
 
     def _write(
         self,
+        group: Sequence[tuple[int, list[int]]],
         rows: Sequence[list[int]],
         max_tokens: int,
         sample: bool,
@@ -350,8 +369,10 @@ class Generator:
         grammar: _Grammar | None,
     ) -> list[dict[str, Any]]:
         """Answers of a batch, as they are kept."""
-        ids, mask = self._padded(rows)
-        held = None if grammar is None else _Held(grammar, len(rows), ids.shape[1])
+        past, begun, shared = self._opened(group, rows)
+        ids, mask = self._padded([rows[n][size:] for size, some in group for n in some])
+        ids, mask = torch.cat([begun, ids], dim=1), torch.cat([shared, mask], dim=1)
+        held = None if grammar is None else _Held(grammar, *ids.shape)
         ends, pad = self.ends, self.tokenizer.pad_token_id
         asked = GenerationConfig(
             max_new_tokens=max_tokens,
@@ -363,17 +384,18 @@ class Generator:
         whole = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            past_key_values=past,
             generation_config=asked,
             logits_processor=[] if held is None else [held],
         )
-        answers = []
+        answers, lengths = [], [len(rows[n]) for _, some in group for n in some]
         for n, row in enumerate(whole[:, ids.shape[1] :].tolist()):
             over = next((k for k, token in enumerate(row) if token in ends), None)
             mine, cut = (row, True) if over is None else (row[:over], False)
             if grammar is not None:
                 mine, cut = grammar.finished(mine)
             text = self.tokenizer.decode(mine, skip_special_tokens=grammar is None).strip()
-            answers.append({"text": text, "tokens_in": len(rows[n]), "tokens_out": len(mine) + (not cut), "cut": cut})
+            answers.append({"text": text, "tokens_in": lengths[n], "tokens_out": len(mine) + (not cut), "cut": cut})
         return answers
 
     def _told(self, prompt: Prompt, answer: Mapping[str, Any]) -> Generated:
@@ -506,23 +528,30 @@ def _batches(lengths: dict[Any, int], tokens: int) -> Iterator[list[Any]]:
     return packed(sorted(lengths, key=lambda k: -lengths[k]), lengths, tokens)
 
 
-def _grouped(rows: Sequence[list[int]], counts: Sequence[int], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
-    """Rows that follow one another and begin alike, told as (how many tokens they share, their numbers), in batches.
+def _grouped(
+    rows: Sequence[list[int]], counts: Sequence[int], tokens: int, *, more: int = 0
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Rows that follow one another and begin alike, told as (how many tokens they share, their numbers), in batches,
+    the longest first: what does not fit is known at once.
 
-    ``counts`` are how many places at a row's end must be read apart. A batch's rows hold at most 4 ``tokens`` tokens
-    with what they share, which is a cache and not read again, or are one group.
+    ``counts`` are how many places at a row's end must be read apart, ``more`` how many tokens are written after it. A
+    batch's rows hold at most 4 ``tokens`` tokens with what they share, which is a cache and not read again, or are one
+    group.
     """
-    groups = sharing(rows, counts, lambda _, some: len(some) * max(len(rows[n]) for n in some) <= 4 * tokens)
+
+    def longest(some: Sequence[int]) -> int:
+        return max(len(rows[n]) for n in some) + more
+
+    groups = sharing(rows, counts, lambda _, some: len(some) * longest(some) <= 4 * tokens)
     batch: list[tuple[int, list[int]]] = []
     widest = held = 0
-    for size, some in sorted(groups, key=lambda g: (g[0], len(rows[g[1][0]]))):
-        longest = max(len(rows[n]) for n in some)
-        widest = max(widest, longest)
+    for size, some in sorted(groups, key=lambda g: (-g[0], -len(rows[g[1][0]]))):
+        widest = max(widest, longest(some))
         # those that share nothing are read as they are, and kept apart from those that do
         limit = 4 * tokens if size else tokens
         if batch and ((held + len(some)) * widest > limit or bool(size) != bool(batch[0][0])):
             yield batch
-            batch, widest, held = [], longest, 0
+            batch, widest, held = [], longest(some), 0
         batch.append((size, some))
         held += len(some)
     if batch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -48,6 +49,17 @@ def told(catalog: Catalog, *, seen: Sequence[str] | None = None, longest: int = 
 def line(attributes: Sequence[str], audience: str) -> str:
     """An item's profile in one line, as it stands in histories and lists of candidates."""
     return clean(", ".join(part for part in (*attributes, audience) if part.strip()))
+
+
+def counted(lines: Sequence[str], *, most: int = 40) -> str:
+    """What a history has in common: the ``most`` frequent parts of its lines (what commas part), and how often each is.
+
+    >>> counted(["teal, vase", "teal, lamp, for weddings"])
+    'of 2: teal 2, for weddings 1, lamp 1, vase 1'
+    """
+    counts = Counter(part for text in lines for part in text.split(", ") if part)
+    often = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:most]
+    return f"of {len(lines)}: {', '.join(f'{part} {n}' for part, n in often)}" if often else ""
 
 
 def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:

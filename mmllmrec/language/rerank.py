@@ -224,12 +224,19 @@ class Reranked:
         return numbers(self.seed, "shown", user, turn).permutation(count)
 
     def _thoughts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What a model writes for and against before it judges."""
-        asked = [{k: row[k] for k in ("history", "candidate", "evidence")} for row in rows]
-        options: dict[str, Any] = {"max_tokens": 48, "folder": self.folder, "progress": self.progress}
-        answers = self.language.generate(load_prompt("preference_reasoning"), asked, **options)
-        self.tokens += sum(a.tokens_in + a.tokens_out for a in answers)
-        return [f"for: {a.value['for']}; against: {a.value['against']}" for a in answers]
+        """What the model writes for and against before it judges."""
+        found, spent = thoughts(self.language, rows, folder=self.folder, progress=self.progress)
+        self.tokens += spent
+        return found
+
+
+def thoughts(generator: Generator, rows: Sequence[Mapping[str, Any]], **options: Any) -> tuple[list[str], int]:
+    """What a language model writes for and against of each of some rows (history, candidate, evidence) before it
+    judges, by the prompt ``preference_reasoning``, and the tokens that it took; ``options`` are of ``generate``."""
+    asked = [{k: row[k] for k in ("history", "candidate", "evidence")} for row in rows]
+    answers = generator.generate(load_prompt("preference_reasoning"), asked, **{"max_tokens": 48} | options)
+    said = [f"for: {a.value['for']}; against: {a.value['against']}" for a in answers]
+    return said, sum(a.tokens_in + a.tokens_out for a in answers)
 
 
 def _standard(values: np.ndarray, real: np.ndarray) -> np.ndarray:

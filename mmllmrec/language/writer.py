@@ -2,9 +2,12 @@
 worlds' language.
 
 ``python -m mmllmrec.language.writer adapters/nano-writer`` trains it on both planted worlds, made with seeds that no
-dataset in notebooks or benchmarks uses: to say what items are, to write profiles of items and users, to weigh what
-speaks for and against an item, to describe what is missing and to explain with evidence. It is not taught to judge:
-yes or no, one of two, and the order of a list are left to instruction tuning on the data at hand.
+dataset in notebooks or benchmarks uses. First it learns to repeat, from sequences of random tokens that are said twice:
+whatever is asked of it later, it has to find something in a prompt and say it again. Then it learns to say what items
+are, to write profiles of items and users, to weigh what speaks for and against an item, to describe what is missing and
+to explain with evidence. It knows what is asked when it is to say yes or no, name one of two or order a list, and takes
+it by the letter: whether an item is in the history or made of what the profile names, and whether more speaks for it
+than against. What anyone likes is left to instruction tuning on the data at hand.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ import numpy as np
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.atelier.words import Vocabulary
 from mmllmrec.features.prompts import load_prompt, prompts
-from mmllmrec.language.profiles import histories, line, told
+from mmllmrec.language.profiles import LAST, counted, histories, line, told
+from mmllmrec.language.rerank import LABELS, NOBODY
 from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator, seed_everything
 from mmllmrec.training.causal import Row, fit_causal
-from mmllmrec.training.nano import causal, tokenizer
+from mmllmrec.training.nano import SPECIAL, causal, tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -36,7 +40,19 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
 }
-TASKS = {"item_profile": 2, "user_profile": 3, "preference_reasoning": 4, "missing_modality": 1, "explanation": 2}
+TASKS = {
+    "item_profile": 8,
+    "user_profile": 3,
+    "preference_reasoning": 5,
+    "missing_modality": 1,
+    "explanation": 3,
+    "pointwise": 8,
+    "pairwise": 1,
+    "listwise": 2,
+}
+JUDGED = ("pointwise", "pairwise", "listwise")  # answered in plain words, as re-ranking reads them
+WEIGHED = 6  # items that are weighed against one history
+REPEATED = (8, 48)  # tokens of what is said twice
 
 
 @dataclass(frozen=True)
@@ -48,9 +64,9 @@ class Recipe:
     events: int = 45_000
     seeds: tuple[int, int] = (1_000_103, 1_000_133)  # of the two worlds
     vocabulary: int = 1536
-    rows: int = 30_000
-    epochs: int = 2
-    batch_tokens: int = 16_384
+    repeats: int = 44_000
+    rows: int = 24_000
+    batch_tokens: int = 4096
     lr: float = 3e-3
     seed: int = 0
 
@@ -81,17 +97,21 @@ def _traits(v: Vocabulary, row: dict[str, int]) -> list[str]:
 
 
 def answers(shop: Shop, rng: np.random.Generator, count: int) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """``count`` tasks with their answers: the prompt's name, its fields, and the value to be written."""
+    """``count`` draws of tasks with their answers: the prompt's name, its fields, and the value to be written."""
     names, weights = list(TASKS), np.array(list(TASKS.values()), dtype=float)
     for name in rng.choice(names, count, p=weights / weights.sum()):
-        yield str(name), *getattr(_Answers, name)(shop, rng)
+        for fields, value in getattr(_Answers, name)(shop, rng):
+            yield str(name), fields, value
+
+
+Answered = list[tuple[dict[str, Any], Any]]
 
 
 class _Answers:
-    """One of each task."""
+    """A draw of each task: fields and values; of several, those that are about one history."""
 
     @staticmethod
-    def item_profile(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+    def item_profile(shop: Shop, rng: np.random.Generator) -> Answered:
         item = int(rng.integers(len(shop.texts)))
         traits, words = shop.traits[item], shop.words[item]
         says, sees = rng.random() > 0.15, rng.random() > 0.3
@@ -103,28 +123,28 @@ class _Answers:
         summary = f"a {f'{look} ' if look else ''}{traits[0] if says else ''} {traits[1]}"
         audience = f"for {traits[6]}" if says else "anyone"
         value = {"attributes": known, "audience": audience, "summary": " ".join(summary.split())}
-        return {**fields, "seen": shop.seen[item] if sees else "", "evidence": _others(shop, rng, 2)}, value
+        return [({**fields, "seen": shop.seen[item] if sees else "", "evidence": _others(shop, rng, 2)}, value)]
 
     @staticmethod
-    def user_profile(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+    def user_profile(shop: Shop, rng: np.random.Generator) -> Answered:
         history = _history(shop, rng)
         likes = _likes(shop, history)
         value = {"likes": likes[:6], "summary": f"likes {', '.join(likes[:3])}" if likes else "likes many things"}
-        return {"history": [shop.lines[i] for i in history], "evidence": _others(shop, rng, 1)}, value
+        return [({"history": [shop.lines[i] for i in history], "evidence": _others(shop, rng, 1)}, value)]
 
     @staticmethod
-    def preference_reasoning(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
-        history, item = _history(shop, rng), int(rng.integers(len(shop.texts)))
+    def preference_reasoning(shop: Shop, rng: np.random.Generator) -> Answered:
+        history = _history(shop, rng)
         counts = Counter(t for i in history for t in shop.traits[i])
-        usual = {t: shop.share[t] * len(history) for t in shop.traits[item]}
-        pro = [t for t in shop.traits[item] if counts[t] > usual[t]]
-        con = [t for t in shop.traits[item] if counts[t] <= usual[t]]
-        value = {"for": ", ".join(pro) or "nothing", "against": ", ".join(con) or "nothing"}
-        said = {"history": [shop.lines[i] for i in history], "candidate": shop.lines[item]}
-        return {**said, "evidence": _others(shop, rng, 1)}, value
+        said = {"history": [shop.lines[i] for i in history], "evidence": _others(shop, rng, 1)}
+        found: Answered = []
+        for item in rng.integers(0, len(shop.texts), WEIGHED).tolist():
+            value = _weighed(shop, history, counts, item)
+            found.append(({**said, "candidate": shop.lines[item]}, value))
+        return found
 
     @staticmethod
-    def missing_modality(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+    def missing_modality(shop: Shop, rng: np.random.Generator) -> Answered:
         item = int(rng.integers(len(shop.texts)))
         traits, words = shop.traits[item], shop.words[item]
         near = [i for i in rng.integers(0, len(shop.texts), 40) if shop.traits[i][1] == traits[1]][:3]
@@ -132,10 +152,10 @@ class _Answers:
         often = [t for t, n in looks.most_common(2) if n > 1]
         fields = {"title": words["title"], "text": words["text"], "missing": "picture"}
         value = {"description": " ".join(["a", *often, traits[1]])}
-        return {**fields, "neighbours": [shop.lines[i] for i in near]}, value
+        return [({**fields, "neighbours": [shop.lines[i] for i in near]}, value)]
 
     @staticmethod
-    def explanation(shop: Shop, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+    def explanation(shop: Shop, rng: np.random.Generator) -> Answered:
         history, item = _history(shop, rng), int(rng.integers(len(shop.texts)))
         like = sorted(history, key=lambda i: -len(set(shop.traits[i]) & set(shop.traits[item])))[:3]
         lines = [shop.lines[item], *(f"you took {shop.lines[i]}" for i in like)]
@@ -145,7 +165,70 @@ class _Answers:
             both = [t for t in shop.traits[item] if t in shop.traits[i]]
             if both:
                 sentences.append({"text": f"what you took is {both[0]} as well", "cites": [f"e{n}"]})
-        return {"item": shop.lines[item], "evidence": evidence}, {"sentences": sentences}
+        return [({"item": shop.lines[item], "evidence": evidence}, {"sentences": sentences})]
+
+    @staticmethod
+    def pointwise(shop: Shop, rng: np.random.Generator) -> Answered:
+        history = _history(shop, rng)
+        lines = [shop.lines[i] for i in history]
+        counts = Counter(t for i in history for t in shop.traits[i])
+        how = rng.choice(["history", "profile", "reasoning"])
+        said = NOBODY | {"history": lines} if how == "history" else NOBODY | {"profile": counted(lines)}
+        found: Answered = []
+        for n in range(WEIGHED):
+            own = int(rng.choice(history)) if n % 2 else int(rng.integers(len(shop.texts)))
+            item = own if rng.random() < 0.5 else _near(shop, rng, own)
+            reasoning, taken = "", shop.lines[item] in lines
+            if how != "history":
+                taken = all(counts[t] for t in shop.traits[item])
+            if how == "reasoning":
+                value = _weighed(shop, history, counts, item)
+                reasoning = f"for: {value['for']}; against: {value['against']}"
+                speaks = {side: 0 if traits == "nothing" else traits.count(",") + 1 for side, traits in value.items()}
+                taken = speaks["for"] > speaks["against"]
+            found.append(({**said, "candidate": shop.lines[item], "reasoning": reasoning}, "yes" if taken else "no"))
+        return found
+
+    @staticmethod
+    def pairwise(shop: Shop, rng: np.random.Generator) -> Answered:
+        history = _history(shop, rng)
+        lines = [shop.lines[i] for i in history]
+        taken = int(rng.choice(history))
+        two = [shop.lines[taken], shop.lines[_near(shop, rng, taken)]]
+        if two[1] in lines:
+            return []
+        right = int(rng.integers(2))
+        pair = {"first": two[right], "second": two[1 - right]}
+        return [({**NOBODY, "history": lines, **pair}, "ab"[right])]
+
+    @staticmethod
+    def listwise(shop: Shop, rng: np.random.Generator) -> Answered:
+        history = _history(shop, rng)[-10:]
+        lines = [shop.lines[i] for i in history]
+        size = int(rng.integers(3, 21))
+        shown = [
+            int(rng.choice(history)) if rng.random() < 0.3 else int(rng.integers(len(shop.texts))) for _ in range(size)
+        ]
+        rows = [{"label": LABELS[n], "item": shop.lines[i]} for n, i in enumerate(shown)]
+        first = sorted(range(size), key=lambda n: shop.lines[shown[n]] not in lines)
+        said = {**NOBODY, "history": lines, "candidates": rows, "reasoning": ""}
+        return [(said, [LABELS[n] for n in first])]
+
+
+def _weighed(shop: Shop, history: Sequence[int], counts: Counter[str], item: int) -> dict[str, str]:
+    """An item's traits with how often a history has each, those that it has more often than the shop apart."""
+    sides: dict[str, list[str]] = {"for": [], "against": []}
+    for trait in shop.traits[item]:
+        more = counts[trait] > shop.share[trait] * len(history)
+        sides["for" if more else "against"].append(f"{trait} {counts[trait]}")
+    return {side: ", ".join(traits) or "nothing" for side, traits in sides.items()}
+
+
+def _near(shop: Shop, rng: np.random.Generator, item: int) -> int:
+    """Another item that is much like one: of forty the one that shares most of its traits."""
+    some = rng.integers(0, len(shop.texts), 40).tolist()
+    own = set(shop.traits[item])
+    return int(max((i for i in some if i != item), key=lambda i: len(own & set(shop.traits[i]))))
 
 
 def _history(shop: Shop, rng: np.random.Generator) -> list[int]:
@@ -170,6 +253,20 @@ def _others(shop: Shop, rng: np.random.Generator, most: int) -> list[str]:
     return [shop.lines[int(i)] for i in rng.integers(0, len(shop.lines), int(rng.integers(0, most + 1)))]
 
 
+def said(name: str, value: Any) -> str:
+    """An answer as text: JSON, or, where it is a judgement, the words."""
+    if name in JUDGED:
+        return f" {value if isinstance(value, str) else ', '.join(value)}"
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _repeats(recipe: Recipe, vocabulary: int) -> list[Row]:
+    """Random tokens, to be said again."""
+    rng = generator(recipe.seed, "repeats")
+    drawn = [rng.integers(len(SPECIAL), vocabulary, rng.integers(*REPEATED)).tolist() for _ in range(recipe.repeats)]
+    return [(some, some) for some in drawn]
+
+
 def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
     """Train the writer and write ``folder`` at once: the model, its tokenizer and card.json. ``work`` keeps
     checkpoints: a run that was cut off goes on."""
@@ -180,12 +277,12 @@ def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
     rng = generator(recipe.seed, "writer")
     tasks = [one for shop in shops for one in answers(shop, rng, recipe.rows // 2)]
     ready = {name: load_prompt(name) for name in prompts()}
-    asked = [(ready[name].render(**fields), json.dumps(value, separators=(",", ":"))) for name, fields, value in tasks]
+    asked = [(ready[name].render(**fields), said(name, value)) for name, fields, value in tasks]
     made: list[RunCard] = []
 
     def make(beside: Path) -> None:
         beside.mkdir(parents=True)
-        letters = " ".join(f"{c}," for c in "abcdefghijklmnopqrstuvwxyz")
+        letters = " ".join(f"{c}," for c in (*"abcdefghijklmnopqrstuvwxyz", *range(LAST + 1), "yes", "no"))
         questions = [ready[n].template for n in ready]
         corpus = [f"{q} {a}" for q, a in asked[:: max(len(asked) // 6000, 1)]]
         tokenizer(beside, [*corpus, *questions * 20, *[letters] * 50], vocabulary=recipe.vocabulary)
@@ -196,26 +293,24 @@ def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
             (tok(q)["input_ids"], [*tok(a, add_special_tokens=False)["input_ids"], tok.eos_token_id]) for q, a in asked
         ]
         rows += [([tok.bos_token_id], [*tok(t)["input_ids"], tok.eos_token_id]) for s in shops for t in s.texts]
-        aside = np.arange(len(rows)) % 40 == 39
-        run = fit_causal(
-            model,
-            [r for r, a in zip(rows, aside, strict=True) if not a],
-            valid=[r for r, a in zip(rows, aside, strict=True) if a],
-            epochs=recipe.epochs,
-            batch_tokens=recipe.batch_tokens,
-            lr=recipe.lr,
-            weight_decay=0.05,
-            folder=work,
-            seed=recipe.seed,
-            name="nano-writer",
-        )
+        options = {"batch_tokens": recipe.batch_tokens, "lr": recipe.lr, "weight_decay": 0.05, "seed": recipe.seed}
+        for name, some in (("repeats", _repeats(recipe, len(tok))), ("nano-writer", rows)):
+            aside = np.arange(len(some)) // WEIGHED % 40 == 39
+            run = fit_causal(
+                model,
+                [r for r, a in zip(some, aside, strict=True) if not a],
+                valid=[r for r, a in zip(some, aside, strict=True) if a],
+                folder=work / name if work else None,
+                name=name,
+                **options,  # type: ignore[arg-type]
+            )
         model.save_pretrained(beside)
         card = RunCard(
             kind="pretrain",
             name="nano-writer",
             seed=recipe.seed,
             data=f"atelier and atelier-b, seeds {recipe.seeds}, {recipe.items} items and {recipe.users} users each",
-            settings={**asdict(recipe), **SIZES, "tasks": TASKS, "command": COMMAND},
+            settings={**asdict(recipe), **SIZES, "tasks": TASKS, "weighed": WEIGHED, "command": COMMAND},
             metrics={"answers_nats": round(-run.best_score, 4)},
             seconds=run.seconds,
             peak_memory_mb=run.card.peak_memory_mb,
