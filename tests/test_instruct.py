@@ -70,6 +70,10 @@ def test_examples_ask_what_training_knows(world):
     firsts = [e.answer for e in some if e.task == "pairwise"]
     assert 0.2 < firsts.count(" a") / len(firsts) < 0.8
     assert some == instruct.examples(train, TITLES, first, rounds=2, per_user=3, negatives=2, listed=5, last=2)
+    brief = instruct.examples(train, TITLES, first, tasks=("pointwise",), last=0, profile=lambda said: "; ".join(said))
+    for one in brief:  # what is asked about is in no profile
+        known = one.fields["profile"].split("; ")
+        assert one.fields["history"] == [] and len(known) == 2 and one.fields["candidate"] not in known
     for wrong, says in (({"tasks": ["setwise"]}, "setwise"), ({"listed": 27}, "2 to 26"), ({"rounds": 0}, "rounds=0")):
         with pytest.raises(DataError, match=says):
             instruct.examples(train, TITLES, first, **wrong)

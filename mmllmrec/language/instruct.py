@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,14 @@ def examples(
     negatives: int = 2,
     listed: int = 20,
     last: int = LAST,
-    users: Sequence[str] | None = None,
+    profile: Callable[[Sequence[str]], str] | None = None,
     seed: int = 0,
 ) -> list[Example]:
     """Questions whose answers training events know.
 
     In each of ``rounds`` up to ``per_user`` events of a user, and at most half of them, are hidden and asked about; the
-    ``last`` of the others are the history that the prompts tell, with ``users``, a profile a user (``profiles``), where
-    given. Tasks:
+    prompts tell the others' texts: the ``last`` of them as a history, and all as ``profile`` puts them
+    (``profiles.counted``), where given. Tasks:
 
     - ``pointwise``: yes to a hidden event's item, no to ``negatives`` items of other users' events, which are drawn as
       often as they are taken. The log-odds of yes are then, but for a constant, log p(item | user) - log p(item).
@@ -92,8 +92,9 @@ def examples(
         for turn in range(rounds if len(items) > 1 else 0):
             rng = numbers(seed, "instruct", user, turn)
             hidden = rng.permutation(len(items))[: min(per_user, len(items) // 2)]
-            history = [texts[i] for i in np.delete(items, hidden)[-last:]]
-            asked = {**NOBODY, "history": history, "profile": users[user] if users is not None else ""}
+            shown = [texts[i] for i in np.delete(items, hidden)]
+            history = shown[max(len(shown) - last, 0) :]
+            asked = {**NOBODY, "history": history, "profile": profile(shown) if profile is not None else ""}
             for task in tasks:  # those of one task follow one another: they begin alike
                 for item in items[hidden].tolist():
                     some = getattr(asker, task)(rng, item, taken, others)

@@ -36,8 +36,8 @@ class Reranked:
     """The first ``n`` items of a scorer, in the order a language model gives them; a scorer itself.
 
     ``scorer`` ranks (``evaluation.ranking.Scorer``), items of ``train`` left out; what it puts after the first ``n``
-    stays where it is. The model reads the user's ``last`` training items, of which ``texts`` (I,) say what they are,
-    with ``users``, a profile a user (``profiles``), and evidence of a ``retriever``, where given.
+    stays where it is. The model reads the user's ``last`` training items (none where 0), of which ``texts`` (I,) say
+    what they are, with ``users``, a profile a user (``profiles``), and evidence of a ``retriever``, where given.
 
     ``mode="pointwise"``: each candidate is judged alone, by log p(yes) - log p(no) after the prompt ``pointwise``.
     ``mode="listwise"``: the model writes the candidates' letters, the best first, held to a permutation of them, after
