@@ -66,7 +66,7 @@ def test_without_a_language_model_the_template_is_there(world, tmp_path):
     asked["systems"] = ["TwoStage + template profiles"]
     found = set(bench.language(folder=tmp_path / "answer", **asked).frame["system"])
     assert "TwoStage + template profiles" in found and not any(" + tuned" in name for name in found)
-    with pytest.raises(DataError, match="TwoStage . LLM profiles"):
+    with pytest.raises(DataError, match=r"TwoStage \+ LLM profiles"):
         bench.language(folder=tmp_path / "other", **{**asked, "systems": ["TwoStage + LLM profiles"]})
 
 

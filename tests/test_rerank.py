@@ -83,20 +83,21 @@ def test_ties_of_the_scorer_do_not_undo_the_order(nano, train):
     assert (judged.items == found.items).all()
 
 
-def test_pointwise_is_yes_against_no_less_what_the_text_says_of_itself(nano, train, scores):
+def test_pointwise_is_yes_against_no_less_what_is_said_of_the_item_to_others(nano, train, scores):
     prompt = load_prompt("pointwise")
-    nobody = {"profile": "", "history": [], "evidence": [], "reasoning": ""}
-    for calibrate in (False, True):
-        made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=5, calibrate=calibrate, last=4, progress=False)
+    told = {"profile": "", "evidence": [], "reasoning": ""}
+    people = [[TITLES[i] for i in sorted(train.csr[u].indices)[-4:]] for u in range(U)]
+    for strangers in (0, U):
+        made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=5, strangers=strangers, last=4, progress=False)
         found = made.rerank(np.array([2]))
         first = top(Table(scores), np.array([2]), ITEMS, seen=train.csr, k=5).items[0]
         history = [TITLES[i] for i in sorted(train.csr[2].indices)[-4:]]
         values = []
         for item in first:
-            rows = [{**nobody, "history": history, "candidate": TITLES[item]}, {**nobody, "candidate": TITLES[item]}]
+            rows = [{**told, "history": h, "candidate": TITLES[item]} for h in (history, *people[:strangers])]
             said = nano.likelihoods(prompt, rows, (YES, NO), progress=False)
             lean = said[:, 0] - said[:, 1]
-            values.append(float(lean[0] - lean[1] if calibrate else lean[0]))
+            values.append(float(lean[0] - lean[1:].mean() if strangers else lean[0]))
         assert found.items[0].tolist() == first[np.argsort(-np.array(values))].tolist()
 
 

@@ -44,8 +44,9 @@ class Reranked:
     the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. With ``reasoning`` it first
     writes what speaks for and against (``preference_reasoning``). A model without a sense of the task orders at random.
 
-    ``calibrate`` takes from a pointwise judgement what the model says of the same candidate for nobody in particular:
-    what a text says of itself, that it is the best or that the answer is yes, then counts for nothing. So does how
+    From a pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people, drawn
+    among those with a history, in the mean (0: nothing is taken): what a text says of itself, that it is the best or
+    that the answer is yes, then counts for nothing. So does how
     often an item is taken by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to
     the judgement. With 1 and a model that ``instruct`` tuned pointwise this is Bayes' rule: its judgement is log p(item
     | user) - log p(item). ``blend`` is the weight of the model's judgement against the scorer's own (each standardised
@@ -62,7 +63,7 @@ class Reranked:
     n: int = 20
     mode: str = "pointwise"
     reasoning: bool = False
-    calibrate: bool = True
+    strangers: int = 8
     prior: float = 0.0
     blend: float = 1.0
     passes: int = 1
@@ -85,8 +86,10 @@ class Reranked:
         most = len(LABELS) if self.mode == "listwise" else self.train.n_items
         if not 2 <= self.n <= most:
             raise DataError(f"n={self.n}: {self.mode} re-ranks 2 to {most} candidates")
-        if not 0 <= self.blend <= 1 or self.passes < 1:
-            raise DataError(f"blend={self.blend} is a share, passes={self.passes} at least 1")
+        if not 0 <= self.blend <= 1 or self.passes < 1 or self.strangers < 0:
+            raise DataError(
+                f"blend={self.blend} is a share, passes={self.passes} at least 1, strangers={self.strangers} 0 or more"
+            )
         if len(self.texts) != self.train.n_items:
             raise DataError(f"{len(self.texts)} texts: there are {self.train.n_items} items")
         asked = self.mode if self.prompt is None else self.prompt
@@ -155,20 +158,20 @@ class Reranked:
             values = self.blend * _standard(values, lists.real) + (1 - self.blend) * _standard(own, lists.real)
         return np.where(lists.real, values, -np.inf)
 
-    def _fields(self, lists: Lists) -> list[dict[str, Any]]:
+    def _fields(self, users: np.ndarray) -> list[dict[str, Any]]:
         """What the prompts say of each user."""
-        evidence = [[e.said for e in es] for es in self.retriever.alike(lists.users)] if self.retriever else None
+        evidence = [[e.said for e in es] for es in self.retriever.alike(users)] if self.retriever else None
         return [
             {
                 "profile": self.users[u] if self.users is not None else "",
                 "history": [self.texts[i] for i in self._said[u] if self.texts[i]],
                 "evidence": evidence[row] if evidence is not None else [],
             }
-            for row, u in enumerate(lists.users)
+            for row, u in enumerate(users)
         ]
 
     def _pointwise(self, lists: Lists) -> np.ndarray:
-        fields = self._fields(lists)
+        fields = self._fields(lists.users)
         cells = np.argwhere(lists.real)
         items = lists.items[tuple(cells.T)]
         rows = [
@@ -179,10 +182,13 @@ class Reranked:
                 row["reasoning"] = thought
         values = np.zeros(lists.items.shape)
         values[tuple(cells.T)] = self._leaning(rows)
-        if self.calibrate:
+        known = np.flatnonzero(self.train.user_counts)
+        if self.strangers and len(known):
             which, where = np.unique(items, return_inverse=True)
-            alone = self._leaning([{**NOBODY, "candidate": self.texts[i], "reasoning": ""} for i in which])
-            values[tuple(cells.T)] -= alone[where]
+            drawn = numbers(self.seed, "strangers").choice(known, min(self.strangers, len(known)), replace=False)
+            theirs = self._fields(np.sort(drawn))
+            told = [{**f, "candidate": self.texts[i], "reasoning": ""} for f in theirs for i in which]
+            values[tuple(cells.T)] -= self._leaning(told).reshape(len(theirs), -1).mean(axis=0)[where]
         return values
 
     def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -193,7 +199,7 @@ class Reranked:
         return (found[:, 0] - found[:, 1]).double().numpy()
 
     def _listwise(self, lists: Lists) -> np.ndarray:
-        fields = self._fields(lists)
+        fields = self._fields(lists.users)
         if self.reasoning:
             asked = [
                 {**f, "candidate": "; ".join(self.texts[i] for i in items[real])}
