@@ -12,7 +12,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt, load_prompt
 from mmllmrec.features.towers import load_causal
-from mmllmrec.language.generate import Generator
+from mmllmrec.language.generate import Generator, _allowed, _Grammar, spelling
 from mmllmrec.shipped import shipped
 
 NANO = shipped("adapters/nano-base") / "language"
@@ -100,6 +100,18 @@ def test_what_rows_share_is_read_once_before_writing_too(nano, monkeypatch, outp
     assert shared and max(shared) > 3 and len({one.text for one in found}) > 3
     monkeypatch.setattr("mmllmrec.data.sampling.SHARED", 10**6)  # every row by itself
     assert found == nano.generate(ask, rows, max_tokens=20, batch_tokens=300, progress=False)
+
+
+def test_what_a_model_should_learn_to_write_is_what_it_is_held_to(nano):
+    prompt = load_prompt("item_profile")
+    text = '{"attributes":["walnut","made by hand"],"audience":"for weddings","summary":"a walnut vase"}'
+    matcher = _Grammar(nano, prompt.output).start()
+    for token in [*spelling(nano.tokenizer)(text), nano.tokenizer.eos_token_id]:
+        assert _allowed(matcher)[token]
+        matcher.consume_token(token)
+    plain = nano.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not _allowed(_Grammar(nano, prompt.output).start())[plain[0]]  # it begins with a space
+    assert spelling(nano.tokenizer)(" yes") == nano.tokenizer(" yes", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 400])

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -460,6 +461,13 @@ class _Grammar:
         raise DataError(
             f"this output schema was not closed in {CLOSING} steps: give more max_tokens, or a simpler pattern"
         )
+
+
+def spelling(tokenizer: Any) -> Callable[[str], list[int]]:
+    """How a text is spelled where it is held to a schema, letter by letter: no space is put before it. What a model is
+    to write there it should have learned like this."""
+    literal = Tokenizer.from_str(json.dumps(_literal(json.loads(tokenizer.backend_tokenizer.to_str()))))
+    return lambda text: list(literal.encode(text, add_special_tokens=False).ids)
 
 
 def _literal(about: Any) -> Any:

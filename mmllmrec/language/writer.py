@@ -25,6 +25,7 @@ import numpy as np
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.atelier.words import Vocabulary
 from mmllmrec.features.prompts import load_prompt, prompts
+from mmllmrec.language.generate import spelling
 from mmllmrec.language.profiles import LAST, counted, histories, line, told
 from mmllmrec.language.rerank import LABELS, NOBODY
 from mmllmrec.runcard import RunCard, write_atomically
@@ -41,9 +42,9 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 1024,
 }
 TASKS = {
-    "item_profile": 8,
+    "item_profile": 12,
     "user_profile": 3,
-    "preference_reasoning": 5,
+    "preference_reasoning": 4,
     "missing_modality": 1,
     "explanation": 3,
     "pointwise": 8,
@@ -289,9 +290,8 @@ def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
         tok = AutoTokenizer.from_pretrained(beside)
         seed_everything(recipe.seed)
         model = causal(tok, SIZES)
-        rows: list[Row] = [
-            (tok(q)["input_ids"], [*tok(a, add_special_tokens=False)["input_ids"], tok.eos_token_id]) for q, a in asked
-        ]
+        spell = spelling(tok)
+        rows: list[Row] = [(tok(q)["input_ids"], [*spell(a), tok.eos_token_id]) for q, a in asked]
         rows += [([tok.bos_token_id], [*tok(t)["input_ids"], tok.eos_token_id]) for s in shops for t in s.texts]
         options = {"batch_tokens": recipe.batch_tokens, "lr": recipe.lr, "weight_decay": 0.05, "seed": recipe.seed}
         for name, some in (("repeats", _repeats(recipe, len(tok))), ("nano-writer", rows)):
