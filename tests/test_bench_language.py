@@ -31,7 +31,7 @@ def world():
 
 def test_every_row_is_there_with_what_it_cost_and_made_once(world, tmp_path, monkeypatch):
     asked = {"data": world, "seeds": 1, "trials": 1, "minutes": None, "quick": 1, "tuned": tmp_path / "tuned"}
-    asked |= {"model": "/tmp/lang/w2a", "n": 12}
+    asked |= {"model": "nano-writer", "n": 12}
     answer = bench.language(folder=tmp_path / "answer", **asked)
     systems = set(answer.frame["system"])
     assert {FIRST, "TwoStage", "Unified", TWIN, ORDER, *LINES} <= systems
@@ -43,7 +43,7 @@ def test_every_row_is_there_with_what_it_cost_and_made_once(world, tmp_path, mon
     thought, plain = (answer.value(f"{FIRST} + tuned, {how}", "cost", "tokens a user") for how in ("reasoning", "20"))
     assert thought > 1.5 * plain
     card = RunCard.load(tmp_path / "answer" / "card.json")
-    assert card.settings["language"]["n"] == 12 and card.settings["language"]["model"]["name"] == "w2a"
+    assert card.settings["language"]["n"] == 12 and card.settings["language"]["model"]["name"] == "nano-writer"
 
     def never(*anything, **else_):
         raise AssertionError("what was written is read")

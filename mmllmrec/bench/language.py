@@ -297,6 +297,7 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
     retriever = desk.retriever(split, runs, texts)
     last = desk.last(split, runs)
     options: dict[str, Any] = {"n": desk.n, "last": last, "seed": seed, "progress": False}
+    options["folder"] = desk.place(split, "thoughts")
     listed = desk.last(split, runs, besides=LISTED)
     few = options | {"n": min(desk.n, LISTED)}
 
