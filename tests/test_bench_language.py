@@ -21,7 +21,7 @@ from mmllmrec.language.rerank import Reranked
 from mmllmrec.runcard import RunCard
 from tests.planted import Table
 
-ORDERS = ("prior", "zero-shot", "tuned", "tuned, shuffled texts", "tuned, retrieval", "tuned, 20", "tuned, listwise")
+ORDERS = ("prior", "zero-shot", "tuned", "tuned, shuffled texts", "tuned, retrieval", "tuned, no thoughts", "tuned, 20")
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def test_every_row_is_there_with_what_it_cost_and_made_once(world, tmp_path, mon
     answer = bench.language(folder=tmp_path / "answer", **asked)
     systems = set(answer.frame["system"])
     assert {FIRST, "TwoStage", "Unified", TWIN, ORDER, *LINES} <= systems
-    assert {f"{FIRST} + {how}" for how in (*ORDERS, "tuned, reasoning", "zero-shot, reasoning")} <= systems
+    assert {f"{FIRST} + {how}" for how in (*ORDERS, "tuned, own thoughts, 20", "tuned, listwise, 20")} <= systems
     assert {"Unified + zero-shot", "Unified + tuned"} <= systems
-    for name in ("TwoStage + LLM profiles", f"{FIRST} + tuned", f"{FIRST} + tuned, listwise", "Unified + tuned"):
+    for name in ("TwoStage + LLM profiles", f"{FIRST} + tuned", f"{FIRST} + tuned, listwise, 20", "Unified + tuned"):
         assert answer.value(name, "cost", "tokens a user") > 10 and answer.value(name, "cost", "seconds a user") > 0
     assert answer.value(f"{FIRST} + prior", "cost", "tokens a user") == 0
-    thought, plain = (answer.value(f"{FIRST} + tuned, {how}", "cost", "tokens a user") for how in ("reasoning", "20"))
-    assert thought > 1.5 * plain
+    own, told = (answer.value(f"{FIRST} + tuned, {how}20", "cost", "tokens a user") for how in ("own thoughts, ", ""))
+    assert own > 1.5 * told
     card = RunCard.load(tmp_path / "answer" / "card.json")
     assert card.settings["language"]["n"] == 12 and card.settings["language"]["model"]["name"] == "nano-writer"
 

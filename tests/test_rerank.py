@@ -8,6 +8,7 @@ from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.evaluation.ranking import rank, top
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.language.generate import Generator
+from mmllmrec.language.profiles import Overlap
 from mmllmrec.language.rerank import NO, YES, Reranked
 from tests.planted import Table
 
@@ -134,7 +135,7 @@ def test_the_prior_is_how_often_an_item_was_taken(nano, train, scores):
 
 
 def test_reasoning_is_written_before_the_judgement_and_kept(nano, train, scores, tmp_path):
-    options = {"n": 3, "last": 2, "reasoning": True, "folder": tmp_path, "progress": False}
+    options = {"n": 3, "last": 2, "reasoning": "written", "folder": tmp_path, "progress": False}
     made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], **options)
     plain = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=3, last=2, progress=False)
     made.rerank(np.arange(2)), plain.rerank(np.arange(2))
@@ -143,6 +144,26 @@ def test_reasoning_is_written_before_the_judgement_and_kept(nano, train, scores,
     listed = Reranked(Table(scores), nano, train, TITLES[:ITEMS], mode="listwise", **options)
     assert listed.rerank(np.arange(2)).items.shape == (2, 3)
     assert "listwise, reasoning" in listed.name
+
+
+def test_what_is_counted_for_and_against_is_of_the_whole_history_and_calibrated_alike(nano, train, scores):
+    texts = [f"{t.split()[0]}, {t.split()[1]}" for t in TITLES[:ITEMS]]
+    said = []
+    made = Reranked(Table(scores), nano, train, texts, n=4, last=0, reasoning="counted", strangers=3, progress=False)
+    real = made._leaning
+    made._leaning = lambda rows: said.append(rows) or real(rows)
+    first = made.rerank(np.array([2]))
+    mine, others = said
+    assert all(row["history"] == [] and row["profile"] == "" for row in (*mine, *others))
+    history = [texts[i] for i in train.csr[2].indices]
+    overlap = Overlap.of(train, texts)
+    known = {row["candidate"]: row["reasoning"] for row in mine}
+    assert known == {texts[i]: overlap.thoughts(history, texts[i]) for i in first.items[0]}
+    assert any(" 2" in t or " 3" in t for t in known.values())
+    drawn = [overlap.thoughts([texts[i] for i in train.csr[u].indices], others[0]["candidate"]) for u in range(U)]
+    assert len(others) == 3 * 4 and {o["reasoning"] for o in others if o["candidate"] == others[0]["candidate"]} <= set(
+        drawn
+    )
 
 
 def test_an_evaluation_takes_it_as_a_scorer(nano, train, scores):
@@ -161,6 +182,9 @@ def test_an_evaluation_takes_it_as_a_scorer(nano, train, scores):
         ({"mode": "listwise", "n": 27}, "2 to 26"),
         ({"n": 1}, "2 to 23"),
         ({"blend": 1.5}, "blend=1.5"),
+        ({"strangers": -1}, "strangers=-1"),
+        ({"reasoning": "spoken"}, "reasoning=.spoken"),
+        ({"reasoning": "counted", "mode": "listwise"}, "listwise it can only be written"),
         ({"texts": ["x"]}, "1 texts"),
     ],
 )

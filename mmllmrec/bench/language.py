@@ -31,8 +31,8 @@ from mmllmrec.evaluation.ranking import Lists, frozen, rank, top
 from mmllmrec.language import instruct, profiles
 from mmllmrec.language.captions import captions
 from mmllmrec.language.generate import Generator
-from mmllmrec.language.profiles import LAST, Profiles
-from mmllmrec.language.rerank import Reranked, thoughts
+from mmllmrec.language.profiles import LAST, Overlap, Profiles
+from mmllmrec.language.rerank import REASONINGS, Reranked, thoughts
 from mmllmrec.language.retrieve import Retriever
 from mmllmrec.runcard import content_hash, write_json
 from mmllmrec.seed import generator as numbers
@@ -40,11 +40,11 @@ from mmllmrec.seed import generator as numbers
 FIRST = REFERENCE.name  # the first stage whose first places are put in another order
 N = 50  # candidates
 LISTED = 20  # of them that a list is made of: a letter each
-EVIDENCE = 10  # a candidate, and the items that three neighbours took
 AROUND = 200  # tokens of a prompt besides the items in it, thoughts and answer among them
 WEIGHTS = {"prior": (0.0, 0.5, 1.0, 2.0), "blend": (0.0, 0.25, 0.5, 0.75, 1.0)}  # chosen on validation
 TUNING: dict[str, Any] = {"rank": 16, "lr": 3e-3, "epochs": 1, "batch_tokens": 4096}
 ASKED: dict[str, Any] = {"rounds": 4, "per_user": 4, "negatives": 2}
+FEWER = {"rounds": 1, "per_user": 2}  # of what is long to read, or has thoughts to be written
 ORDER = f"{FIRST}, in the order of the twin"
 SPENT = [Column("tokens a user", COST, "tokens a user", digits=0), Column("seconds a user", COST, "seconds a user")]
 LINES = {  # a row's name -> what is written of the items, and whether other items' lines are read
@@ -77,10 +77,12 @@ def language(
     Rows that are fitted: the first stage, the two-stage model with profiles by template, by a language model, with
     retrieved evidence, and with those of other items (the control), and the unified model. Beside them the first ``n``
     of the first stage and of the unified model (of the two-stage one where ``systems`` leaves that out) in the language
-    model's order: zero-shot, tuned, reading texts of other items (the control), with retrieved evidence, as a list of
-    ``LISTED``, and the first ``LISTED`` with and without reasoning. How much the model's judgement counts against the
-    scorer's own, and how much how often an item is taken (``WEIGHTS``), is chosen on validation for each of them alone,
-    0 among the choices; so it is for what knows no language and adds how often an item is taken.
+    model's order. It is told what is counted for and against each (``profiles.Overlap``), zero-shot, tuned, with texts
+    of other items (the control) and with retrieved evidence; or, tuned, the history alone; and of the first ``LISTED``
+    it is told what is counted, or it writes thoughts of its own, or it orders them as a list. How much the model's
+    judgement counts against the scorer's own, and how much how often an item is taken (``WEIGHTS``), is chosen on
+    validation for each of them alone, 0 among the choices; so it is for what knows no language and adds how often an
+    item is taken.
 
     ``model`` is a language model (``Generator.load``): on planted worlds ``nano-writer`` unless named. On other data
     the rows that generate are there when one is named, and the template's are there without. What is written, tuned and
@@ -162,23 +164,26 @@ class Desk:
         users, items = made[FIRST].model.embed()
         return Retriever(split.train, texts, users.detach(), items.detach())
 
-    def tuned(self, split: Split, made: Mapping[str, Any], task: str, *, reasoning: bool = False) -> Generator:
-        """The language model after instruction tuning on a split's training events; with thoughts of its own in the
-        prompts where it is to reason."""
-        writer, texts = self._ready(), self.profiles(split, "written", made).items
-        place = self.place(split, "tuned", task, reasoning, TUNING, ASKED, self.quick)
+    def telling(self, split: Split, made: Mapping[str, Any], how: str) -> dict[str, Any]:
+        """Keywords of ``Reranked``: ``counted``, what speaks for and against is counted, and nothing else is told;
+        ``history``, a history and no thoughts; ``written``, a history and thoughts of the model's own; ``listwise``."""
+        mode, reasoning = ("listwise" if how == "listwise" else "pointwise", how if how in REASONINGS else "")
+        last = 0 if how == "counted" else self.last(split, made, besides=LISTED if how == "listwise" else 1)
+        return {"mode": mode, "reasoning": reasoning, "last": last}
+
+    def tuned(self, split: Split, made: Mapping[str, Any], how: str) -> Generator:
+        """The language model after instruction tuning on a split's training events, told as ``telling`` says."""
+        writer, texts, train = self._ready(), self.profiles(split, "written", made).items, split.train
+        place = self.place(split, "tuned", how, TUNING, ASKED, self.quick)
         if (place / "adapter_config.json").is_file():
             return writer.adapted(place)
-        train = split.train
         lists = top(frozen(made[FIRST].model), np.arange(train.n_users), train.n_items, seen=train.csr, k=self.n)
-        drawn = dict(ASKED)
-        if task == "listwise" or reasoning:  # long to read, or to write: fewer
-            drawn |= {"rounds": 1, "per_user": 2}
-        if self.quick:
-            drawn |= {"rounds": 1, "per_user": 1}
-        last = self.last(split, made, besides=LISTED if task == "listwise" else 1)
-        some = instruct.examples(train, texts, lists, tasks=(task,), listed=LISTED, last=last, **drawn)
-        if reasoning:
+        drawn = ASKED | (FEWER if how in ("listwise", "written") else {}) | ({"rounds": 1} if self.quick else {})
+        asked = self.telling(split, made, how)
+        overlap = Overlap.of(train, texts) if how == "counted" else None
+        options = {"tasks": (asked["mode"],), "last": asked["last"], "listed": LISTED, "overlap": overlap, **drawn}
+        some = instruct.examples(train, texts, lists, **options)
+        if how == "written":
             found, _ = thoughts(writer, [e.fields for e in some], folder=place / "thoughts", progress=False)
             some = [replace(e, fields={**e.fields, "reasoning": t}) for e, t in zip(some, found, strict=True)]
         return instruct.instruct(writer, some, folder=place, progress=False, **TUNING)
@@ -230,8 +235,9 @@ def _question(desk: Desk) -> Question:
     if desk.writer is not None:
         claims += [Claim("TwoStage + LLM profiles", "TwoStage + template profiles", r) for r in ("warm", "cold")]
         claims += [Claim(best, other, "warm") for other in (FIRST, zero, f"{FIRST} + prior", f"{best}, shuffled texts")]
-        claims += [Claim(f"{best}, {more}", best, "warm") for more in ("retrieval", "listwise")]
-        claims.append(Claim(f"{best}, reasoning", f"{best}, {LISTED}", "warm"))
+        claims += [Claim(f"{best}, {more}", best, "warm") for more in ("retrieval", "no thoughts")]
+        shorter = (f"{best}, own thoughts, {LISTED}", f"{best}, listwise, {LISTED}")
+        claims += [Claim(name, f"{best}, {LISTED}", "warm") for name in shorter]
         claims += [
             Claim(f"{desk.ours} + tuned", other, row)
             for other in (desk.ours, f"{desk.ours} + zero-shot")
@@ -293,28 +299,31 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
     if desk.writer is None:
         return scorers
     texts = desk.profiles(split, "written", runs).items
-    tuned = desk.tuned(split, runs, "pointwise")
-    retriever = desk.retriever(split, runs, texts)
-    last = desk.last(split, runs)
-    options: dict[str, Any] = {"n": desk.n, "last": last, "seed": seed, "progress": False}
-    options["folder"] = desk.place(split, "thoughts")
-    listed = desk.last(split, runs, besides=LISTED)
-    few = options | {"n": min(desk.n, LISTED)}
+    tuned = desk.tuned(split, runs, "counted")
+    options = {"n": desk.n, "seed": seed, "progress": False, "folder": desk.place(split, "thoughts")}
+    few: dict[str, Any] = {"n": min(desk.n, LISTED)}
 
-    def add(name: str, language: Generator, *, kind: type[Reranked] = Reranked, of: str = FIRST, **more: Any) -> None:
-        read = more.pop("texts", texts)
-        asked = {**options, **more, "label": f"{of} + {name}"}
-        scorers.append(_chosen(kind(runs[of].model, language, train, read, **asked), split))
+    def add(
+        name: str,
+        language: Generator,
+        how: str = "counted",
+        *,
+        kind: type[Reranked] = Reranked,
+        of: str = FIRST,
+        **more: Any,
+    ) -> None:
+        asked = {"texts": texts, **options, **desk.telling(split, runs, how), **more, "label": f"{of} + {name}"}
+        scorers.append(_chosen(kind(runs[of].model, language, train, **asked), split))
 
     add("prior", desk.writer, kind=_Silent)
     add("zero-shot", desk.writer)
     add("tuned", tuned)
     add("tuned, shuffled texts", tuned, texts=_dealt(texts, seed))
-    add("tuned, retrieval", tuned, retriever=retriever, last=desk.last(split, runs, besides=EVIDENCE))
+    add("tuned, retrieval", tuned, retriever=desk.retriever(split, runs, texts))
+    add("tuned, no thoughts", desk.tuned(split, runs, "history"), "history")
     add(f"tuned, {LISTED}", tuned, **few)
-    add("tuned, reasoning", desk.tuned(split, runs, "pointwise", reasoning=True), reasoning=True, **few)
-    add("zero-shot, reasoning", desk.writer, reasoning=True, **few)
-    add("tuned, listwise", desk.tuned(split, runs, "listwise"), mode="listwise", **few | {"last": listed})
+    add(f"tuned, own thoughts, {LISTED}", desk.tuned(split, runs, "written"), "written", **few)
+    add(f"tuned, listwise, {LISTED}", desk.tuned(split, runs, "listwise"), "listwise", **few)
     add("zero-shot", desk.writer, of=desk.ours)
     add("tuned", tuned, of=desk.ours)
     return scorers

@@ -20,7 +20,7 @@ from mmllmrec.evaluation.ranking import Lists
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import load_prompt
 from mmllmrec.language.generate import Generator, identity
-from mmllmrec.language.profiles import LAST, histories
+from mmllmrec.language.profiles import LAST, Overlap, histories
 from mmllmrec.language.rerank import LABELS, NO, NOBODY, YES
 from mmllmrec.seed import generator as numbers
 from mmllmrec.seed import seed_everything
@@ -51,13 +51,14 @@ def examples(
     listed: int = 20,
     last: int = LAST,
     profile: Callable[[Sequence[str]], str] | None = None,
+    overlap: Overlap | None = None,
     seed: int = 0,
 ) -> list[Example]:
     """Questions whose answers training events know.
 
     In each of ``rounds`` up to ``per_user`` events of a user, and at most half of them, are hidden and asked about; the
     prompts tell the others' texts: the ``last`` of them as a history, and all as ``profile`` puts them
-    (``profiles.counted``), where given. Tasks:
+    (``profiles.counted``), and pointwise with what ``overlap`` counts for and against, where given. Tasks:
 
     - ``pointwise``: yes to a hidden event's item, no to ``negatives`` items of other users' events, which are drawn as
       often as they are taken. The log-odds of yes are then, but for a constant, log p(item | user) - log p(item).
@@ -98,6 +99,8 @@ def examples(
             for task in tasks:  # those of one task follow one another: they begin alike
                 for item in items[hidden].tolist():
                     some = getattr(asker, task)(rng, item, taken, others)
+                    if overlap is not None and task == "pointwise":
+                        some = [(f | {"reasoning": overlap.thoughts(shown, f["candidate"])}, a) for f, a in some]
                     found += [Example(task, {**asked, **fields}, answer, user) for fields, answer in some]
     if not found:
         raise DataError("no user of training has two items of which something is said: there is nothing to ask about")

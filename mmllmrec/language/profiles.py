@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -57,9 +57,41 @@ def counted(lines: Sequence[str], *, most: int = 40) -> str:
     >>> counted(["teal, vase", "teal, lamp, for weddings"])
     'of 2: teal 2, for weddings 1, lamp 1, vase 1'
     """
-    counts = Counter(part for text in lines for part in text.split(", ") if part)
+    counts = Counter(part for text in lines for part in _parts(text))
     often = sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:most]
     return f"of {len(lines)}: {', '.join(f'{part} {n}' for part, n in often)}" if often else ""
+
+
+class Overlap:
+    """What speaks for an item and what against it, counted: how often a history has each part of the item's line, those
+    that it has more often than all training events do apart from the others. It is deterministic, and what a language
+    model's own reasoning (``rerank.thoughts``) has to beat.
+
+    >>> overlap = Overlap({"teal": 0.1, "vase": 0.5})
+    >>> overlap.thoughts(["teal, vase", "teal, lamp"], "teal, vase")
+    'of 2: for: teal 2; against: vase 1'
+    """
+
+    def __init__(self, usual: Mapping[str, float]):
+        self.usual = dict(usual)
+
+    @classmethod
+    def of(cls, train: Interactions, texts: Sequence[str]) -> Overlap:
+        """With what is usual in ``train``: the share of its events whose item's line, of ``texts`` (I,), has a part."""
+        counts: Counter[str] = Counter()
+        for text, events in zip(texts, train.item_counts.tolist(), strict=True):
+            counts.update(dict.fromkeys(_parts(text), events))
+        return cls({part: n / max(len(train), 1) for part, n in counts.items()})
+
+    def thoughts(self, history: Sequence[str], candidate: str) -> str:
+        """Of a history's lines and a candidate's."""
+        counts = Counter(part for text in history for part in _parts(text))
+        sides: dict[str, list[str]] = {"for": [], "against": []}
+        for part in _parts(candidate):
+            more = counts[part] > self.usual.get(part, 0.0) * len(history)
+            sides["for" if more else "against"].append(f"{part} {counts[part]}")
+        said = "; ".join(f"{side}: {', '.join(parts) or 'nothing'}" for side, parts in sides.items())
+        return f"of {len(history)}: {said}"
 
 
 def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:
@@ -238,6 +270,11 @@ def _fitting(
             )
         found.append(row)
     return prompt, found
+
+
+def _parts(text: str) -> dict[str, None]:
+    """What commas part in a line, each once, in its order."""
+    return dict.fromkeys(part for part in text.split(", ") if part)
 
 
 def _phrases(text: str) -> set[str]:

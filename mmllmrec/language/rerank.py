@@ -21,11 +21,12 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.evaluation.ranking import Lists, frozen, name_of, top
 from mmllmrec.features.prompts import Prompt, load_prompt
 from mmllmrec.language.generate import Generator
-from mmllmrec.language.profiles import LAST, histories
+from mmllmrec.language.profiles import LAST, Overlap, histories
 from mmllmrec.language.retrieve import Retriever
 from mmllmrec.seed import generator as numbers
 
 MODES = ("pointwise", "listwise")
+REASONINGS = ("written", "counted")
 LABELS = string.ascii_lowercase
 YES, NO = " yes", " no"
 NOBODY: dict[str, Any] = {"profile": "", "history": [], "evidence": []}  # what prompts say of a user, left empty
@@ -41,8 +42,10 @@ class Reranked:
 
     ``mode="pointwise"``: each candidate is judged alone, by log p(yes) - log p(no) after the prompt ``pointwise``.
     ``mode="listwise"``: the model writes the candidates' letters, the best first, held to a permutation of them, after
-    the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. With ``reasoning`` it first
-    writes what speaks for and against (``preference_reasoning``). A model without a sense of the task orders at random.
+    the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. A model without a sense of
+    the task orders at random. ``reasoning="written"``: before it judges it writes what speaks for and against
+    (``preference_reasoning``); ``"counted"``: this is counted for it (``profiles.Overlap``), pointwise, over the whole
+    training history.
 
     From a pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people, drawn
     among those with a history, in the mean (0: nothing is taken): what a text says of itself, that it is the best or
@@ -62,7 +65,7 @@ class Reranked:
     texts: Sequence[str]
     n: int = 20
     mode: str = "pointwise"
-    reasoning: bool = False
+    reasoning: str = ""
     strangers: int = 8
     prior: float = 0.0
     blend: float = 1.0
@@ -83,6 +86,10 @@ class Reranked:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise DataError(f"mode={self.mode!r}: one of {MODES}")
+        if self.reasoning not in ("", *REASONINGS) or (self.mode, self.reasoning) == ("listwise", "counted"):
+            raise DataError(
+                f"reasoning={self.reasoning!r}: one of {REASONINGS}, or ''; listwise it can only be written"
+            )
         most = len(LABELS) if self.mode == "listwise" else self.train.n_items
         if not 2 <= self.n <= most:
             raise DataError(f"n={self.n}: {self.mode} re-ranks 2 to {most} candidates")
@@ -99,7 +106,7 @@ class Reranked:
     @property
     def name(self) -> str:
         """The scorer's name and what re-ranks it."""
-        how = self.mode + (", reasoning" if self.reasoning else "")
+        how = self.mode + (f", reasoning {self.reasoning}" if self.reasoning else "")
         return self.label or f"{name_of(self.scorer)} + {self.language.name} ({how})"
 
     def score(self, users: np.ndarray) -> Tensor:
@@ -177,9 +184,11 @@ class Reranked:
         rows = [
             {**fields[b], "candidate": self.texts[i], "reasoning": ""} for (b, _), i in zip(cells, items, strict=True)
         ]
-        if self.reasoning:
+        if self.reasoning == "written":
             for row, thought in zip(rows, self._thoughts(rows), strict=True):
                 row["reasoning"] = thought
+        if self.reasoning == "counted":
+            rows = self._counted(rows, lists.users[cells[:, 0]], items)
         values = np.zeros(lists.items.shape)
         values[tuple(cells.T)] = self._leaning(rows)
         known = np.flatnonzero(self.train.user_counts)
@@ -188,8 +197,18 @@ class Reranked:
             drawn = numbers(self.seed, "strangers").choice(known, min(self.strangers, len(known)), replace=False)
             theirs = self._fields(np.sort(drawn))
             told = [{**f, "candidate": self.texts[i], "reasoning": ""} for f in theirs for i in which]
+            if self.reasoning == "counted":
+                told = self._counted(told, np.repeat(np.sort(drawn), len(which)), np.tile(which, len(theirs)))
             values[tuple(cells.T)] -= self._leaning(told).reshape(len(theirs), -1).mean(axis=0)[where]
         return values
+
+    def _counted(self, rows: Sequence[dict[str, Any]], users: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
+        """Rows about users (R,) and items (R,), with what is counted for and against."""
+        whole = histories(self.train, last=self.train.n_items)
+        said = {u: [self.texts[i] for i in whole[u] if self.texts[i]] for u in np.unique(users).tolist()}
+        overlap = Overlap.of(self.train, self.texts)
+        cells = zip(rows, users.tolist(), items.tolist(), strict=True)
+        return [{**row, "reasoning": overlap.thoughts(said[u], self.texts[i])} for row, u, i in cells]
 
     def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """log p(yes) - log p(no) of prompts."""
