@@ -37,6 +37,18 @@ def generator(seed: int, *names: object) -> np.random.Generator:
     return np.random.default_rng(stream(seed, *names))
 
 
+def dealt(here: np.ndarray, seed: int, *names: object) -> np.ndarray:
+    """Whose content each of N reads, (N,), when that of those ``here`` (N,) bool is dealt among them; the others keep
+    theirs. Drawn from the stream ``names`` of ``seed``.
+
+    >>> sorted(dealt(np.array([True, False, True, True]), 0, "a").tolist())
+    [0, 1, 2, 3]
+    """
+    rows, some = np.arange(len(here)), np.flatnonzero(here)
+    rows[some] = generator(seed, *names).permutation(some)
+    return rows
+
+
 def torch_generator(seed: int, *names: object) -> torch.Generator:
     """A CPU PyTorch generator for the stream ``names`` of ``seed``."""
     import torch

@@ -28,6 +28,7 @@ from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.ranking import Lists, frozen, rank, top
+from mmllmrec.features.prompts import load_prompt
 from mmllmrec.language import instruct, profiles
 from mmllmrec.language.captions import captions
 from mmllmrec.language.generate import Generator
@@ -35,7 +36,7 @@ from mmllmrec.language.profiles import LAST, Overlap, Profiles
 from mmllmrec.language.rerank import REASONINGS, Reranked, thoughts
 from mmllmrec.language.retrieve import Retriever
 from mmllmrec.runcard import content_hash, write_json
-from mmllmrec.seed import generator as numbers
+from mmllmrec.seed import dealt
 
 FIRST = REFERENCE.name  # the first stage whose first places are put in another order
 N = 50  # candidates
@@ -115,7 +116,9 @@ class Desk:
     @property
     def about(self) -> dict[str, Any]:
         """What decides its numbers."""
-        model = {"name": self._ready().name, "hash": self._ready().hash}
+        if self.writer is None:
+            return {}
+        model = {"name": self.writer.name, "hash": self.writer.hash}
         return {"language": {"model": model, "n": self.n, "weights": WEIGHTS, "tuning": TUNING, "asked": ASKED}}
 
     def place(self, split: Split, *parts: Any) -> Path:
@@ -135,7 +138,8 @@ class Desk:
         written with evidence by nearness in the first stage's vectors, of training events alone."""
         if (split.hash, kind) in self._profiles:
             return self._profiles[split.hash, kind]
-        train, catalog, place = split.train, split.catalog, self.place(split, "profiles", kind)
+        asked = [load_prompt(name).hash for name in ("item_profile", "user_profile")]
+        train, catalog, place = split.train, split.catalog, self.place(split, "profiles", kind, asked)
         path = place / "profiles.json"
         if path.is_file():
             found = Profiles(**json.loads(path.read_text(encoding="utf-8")))
@@ -164,6 +168,11 @@ class Desk:
         users, items = made[FIRST].model.embed()
         return Retriever(split.train, texts, users.detach(), items.detach())
 
+    def candidates(self, split: Split, made: Mapping[str, Any]) -> Lists:
+        """The first places of the first stage, of all users."""
+        train = split.train
+        return top(frozen(made[FIRST].model), np.arange(train.n_users), train.n_items, seen=train.csr, k=self.n)
+
     def telling(self, split: Split, made: Mapping[str, Any], how: str) -> dict[str, Any]:
         """Keywords of ``Reranked``: ``counted``, what speaks for and against is counted, and nothing else is told;
         ``history``, a history and no thoughts; ``written``, a history and thoughts of the model's own; ``listwise``."""
@@ -174,15 +183,15 @@ class Desk:
     def tuned(self, split: Split, made: Mapping[str, Any], how: str) -> Generator:
         """The language model after instruction tuning on a split's training events, told as ``telling`` says."""
         writer, texts, train = self._ready(), self.profiles(split, "written", made).items, split.train
-        place = self.place(split, "tuned", how, TUNING, ASKED, self.quick)
-        if (place / "adapter_config.json").is_file():
-            return writer.adapted(place)
-        lists = top(frozen(made[FIRST].model), np.arange(train.n_users), train.n_items, seen=train.csr, k=self.n)
         drawn = ASKED | (FEWER if how in ("listwise", "written") else {}) | ({"rounds": 1} if self.quick else {})
         asked = self.telling(split, made, how)
+        prompt = load_prompt(asked["mode"]).hash
+        place = self.place(split, "tuned", asked, drawn, TUNING, prompt, self.n, content_hash(texts))
+        if (place / "adapter_config.json").is_file():
+            return writer.adapted(place)
         overlap = Overlap.of(train, texts) if how == "counted" else None
         options = {"tasks": (asked["mode"],), "last": asked["last"], "listed": LISTED, "overlap": overlap, **drawn}
-        some = instruct.examples(train, texts, lists, **options)
+        some = instruct.examples(train, texts, self.candidates(split, made), **options)
         if how == "written":
             found, _ = thoughts(writer, [e.fields for e in some], folder=place / "thoughts", progress=False)
             some = [replace(e, fields={**e.fields, "reasoning": t}) for e, t in zip(some, found, strict=True)]
@@ -192,10 +201,8 @@ class Desk:
         """Lines for each item and each user."""
         told = self.profiles(split, "written", made).items
         found = self.retriever(split, made, told)
-        items, users = (
-            found.neighbours(np.arange(split.train.n_items), k=2),
-            found.alike(np.arange(split.train.n_users)),
-        )
+        items = found.neighbours(np.arange(split.train.n_items), k=2)
+        users = found.alike(np.arange(split.train.n_users))
         return [[e.said for e in some] for some in items], [[e.said for e in some[:1]] for some in users]
 
     def _ready(self) -> Generator:
@@ -256,9 +263,9 @@ def _question(desk: Desk) -> Question:
         cold_items,
         claims=claims,
         beside=beside,
-        more=lambda split, runs, seed: _spent(desk, split, runs, desk.scorers),
+        more=lambda split, runs, seed: _spent(desk, split, runs),
         notes=_notes,
-        about={} if desk.writer is None else desk.about,
+        about=desk.about,
     )
 
 
@@ -274,11 +281,7 @@ def _profile_row(desk: Desk, name: str, kind: str, other: bool) -> Row:
 
 def _dealt(lines: Sequence[str], seed: int) -> list[str]:
     """Lines dealt to other items among those that have one."""
-    here = [n for n, line in enumerate(lines) if line]
-    dealt = list(lines)
-    for n, m in zip(here, numbers(seed, "shuffled profiles").permutation(here), strict=True):
-        dealt[n] = lines[m]
-    return dealt
+    return [lines[n] for n in dealt(np.array([bool(t) for t in lines]), seed, "shuffled profiles")]
 
 
 class _Silent(Reranked):
@@ -290,12 +293,10 @@ class _Silent(Reranked):
 
 def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> list[Any]:
     """The scorers beside the rows: the first places of the first stage and of ours in other orders."""
-    train, first = split.train, runs[FIRST].model
-    lists = top(frozen(first), np.arange(train.n_users), train.n_items, seen=train.csr, k=desk.n)
     scorers: list[Any] = []
     if TWIN in runs:
-        own, by = ((users @ items.T).detach() for users, items in (first.embed(), runs[TWIN].model.embed()))
-        scorers.append(Ordered(ORDER, own, lists, by))
+        own, by = ((users @ items.T).detach() for users, items in (runs[name].model.embed() for name in (FIRST, TWIN)))
+        scorers.append(Ordered(ORDER, own, desk.candidates(split, runs), by))
     if desk.writer is None:
         return scorers
     texts = desk.profiles(split, "written", runs).items
@@ -313,7 +314,7 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
         **more: Any,
     ) -> None:
         asked = {"texts": texts, **options, **desk.telling(split, runs, how), **more, "label": f"{of} + {name}"}
-        scorers.append(_chosen(kind(runs[of].model, language, train, **asked), split))
+        scorers.append(_chosen(kind(runs[of].model, language, split.train, **asked), split))
 
     add("prior", desk.writer, kind=_Silent)
     add("zero-shot", desk.writer)
@@ -341,7 +342,7 @@ def _chosen(scorer: Reranked, split: Split) -> Reranked:
     return scorer.blended(blend, prior)
 
 
-def _spent(desk: Desk, split: Split, runs: Mapping[str, Any], scorers: Sequence[Any]) -> dict[str, list[float]]:
+def _spent(desk: Desk, split: Split, runs: Mapping[str, Any]) -> dict[str, list[float]]:
     """Tokens and seconds a user: of writing what a row reads, or of re-ranking with its choice of weights."""
     users, found = split.train.n_users, {}
     spent = {}
@@ -349,7 +350,7 @@ def _spent(desk: Desk, split: Split, runs: Mapping[str, Any], scorers: Sequence[
         if name in runs:
             written = desk.profiles(split, kind, runs)
             spent[name] = written.tokens / users, written.about["seconds"] / users
-    for one in scorers:
+    for one in desk.scorers:
         if isinstance(one, Reranked):
             judged = max(len(one.judged), 1)
             spent[one.name] = one.tokens / judged, one.seconds / judged

@@ -25,7 +25,7 @@ from mmllmrec.data.splits import Split
 from mmllmrec.encoders.heads import SHRINK
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.runcard import RunCard
-from mmllmrec.seed import generator
+from mmllmrec.seed import dealt, generator
 
 if TYPE_CHECKING:
     from mmllmrec.models.unified import Preset
@@ -219,11 +219,8 @@ def catalog_of(lines: Sequence[str], like: Catalog) -> Catalog:
 
 def shuffled(table: FeatureTable, *, seed: int) -> FeatureTable:
     """Each modality's rows dealt to other items, among those that have it: the same features, no meaning."""
-    tables = {}
-    for column, (m, rows) in enumerate(table.tables.items()):
-        here = np.flatnonzero(table.presence[:, column])
-        tables[m] = rows.copy()
-        tables[m][here] = rows[generator(seed, "shuffled", m).permutation(here)]
+    present = zip(table.tables.items(), table.presence.T, strict=True)
+    tables = {m: rows[dealt(here, seed, "shuffled", m)] for (m, rows), here in present}
     return FeatureTable(tables, table.presence)
 
 

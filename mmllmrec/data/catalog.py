@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from mmllmrec.data.interactions import DataError, IdMap
 from mmllmrec.runcard import content_hash
-from mmllmrec.seed import generator
+from mmllmrec.seed import dealt, generator
 
 RAW = ("image", "text", "audio", "sensor")  # the order of modalities everywhere
 MAX_PIXELS = 50_000_000  # a larger picture is refused before it is decoded
@@ -308,10 +308,8 @@ class Catalog:
         """One modality's content dealt to other items, among those that have it: same contents, no meaning."""
         self._known(modality)
         other = self._copy(modality)
-        here = np.flatnonzero(self.present(modality))
-        rows = self._rows.get(modality, np.arange(len(self))).copy()
-        rows[here] = rows[generator(seed, "shuffled", modality).permutation(here)]
-        other._rows[modality] = rows
+        rows = self._rows.get(modality, np.arange(len(self)))
+        other._rows[modality] = rows[dealt(self.present(modality), seed, "shuffled", modality)]
         return other
 
     def randomised(self, modality: str, *, seed: int) -> Catalog:

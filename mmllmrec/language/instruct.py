@@ -27,6 +27,7 @@ from mmllmrec.seed import seed_everything
 from mmllmrec.training.causal import Row, fit_causal, is_main_process
 
 TASKS = ("pointwise", "pairwise", "listwise", "next_title")
+Asked = list[tuple[dict[str, Any], str]]  # fields of a prompt, and what is to be said
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,13 @@ class _Asker:
     negatives: int
     listed: int
 
-    def pointwise(
-        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
-    ) -> list[tuple[dict[str, Any], str]]:
+    def pointwise(self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]) -> Asked:
         drawn = rng.choice(self.events, 4 * self.negatives + len(taken)).tolist()
         wrong = [i for i in drawn if i not in taken][: self.negatives]
         judged = [(item, YES), *((i, NO) for i in wrong)] if wrong else []
         return [({"candidate": self.texts[i], "reasoning": ""}, answer) for i, answer in judged]
 
-    def pairwise(
-        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
-    ) -> list[tuple[dict[str, Any], str]]:
+    def pairwise(self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]) -> Asked:
         found = []
         for wrong in self._wrong(rng, others, taken, 1):
             two = [item, wrong] if rng.random() < 0.5 else [wrong, item]
@@ -136,9 +133,7 @@ class _Asker:
             found.append((pair, f" {'ab'[two.index(item)]}"))
         return found
 
-    def listwise(
-        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
-    ) -> list[tuple[dict[str, Any], str]]:
+    def listwise(self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]) -> Asked:
         some = self._wrong(rng, others, taken, self.listed - 1)
         if not some:
             return []
@@ -148,9 +143,7 @@ class _Asker:
         answer = ", ".join(LABELS[int(np.flatnonzero(order == c)[0])] for c in range(len(best)))
         return [({"candidates": rows, "reasoning": ""}, f" {answer}")]
 
-    def next_title(
-        self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]
-    ) -> list[tuple[dict[str, Any], str]]:
+    def next_title(self, rng: np.random.Generator, item: int, taken: set[int], others: list[int]) -> Asked:
         return [({}, f" {self.texts[item]}")]
 
     def _wrong(self, rng: np.random.Generator, others: list[int], taken: set[int], count: int) -> list[int]:

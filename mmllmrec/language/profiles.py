@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -62,6 +62,21 @@ def counted(lines: Sequence[str], *, most: int = 40) -> str:
     return f"of {len(lines)}: {', '.join(f'{part} {n}' for part, n in often)}" if often else ""
 
 
+def weigh(parts: Iterable[str], counts: Counter[str], events: int, usual: Mapping[str, float]) -> dict[str, str]:
+    """What of an item is ``for`` and what ``against`` it, each with how often a history of ``events`` has it
+    (``counts``): for it is what is there more often than its ``usual`` share of events."""
+    sides: dict[str, list[str]] = {"for": [], "against": []}
+    for part in parts:
+        more = counts[part] > usual.get(part, 0.0) * events
+        sides["for" if more else "against"].append(f"{part} {counts[part]}")
+    return {side: ", ".join(said) or "nothing" for side, said in sides.items()}
+
+
+def argued(sides: Mapping[str, str]) -> str:
+    """What is for and what against an item, as a prompt tells it."""
+    return f"for: {sides['for']}; against: {sides['against']}"
+
+
 class Overlap:
     """What speaks for an item and what against it, counted: how often a history has each part of the item's line, those
     that it has more often than all training events do apart from the others. It is deterministic, and what a language
@@ -86,12 +101,7 @@ class Overlap:
     def thoughts(self, history: Sequence[str], candidate: str) -> str:
         """Of a history's lines and a candidate's."""
         counts = Counter(part for text in history for part in _parts(text))
-        sides: dict[str, list[str]] = {"for": [], "against": []}
-        for part in _parts(candidate):
-            more = counts[part] > self.usual.get(part, 0.0) * len(history)
-            sides["for" if more else "against"].append(f"{part} {counts[part]}")
-        said = "; ".join(f"{side}: {', '.join(parts) or 'nothing'}" for side, parts in sides.items())
-        return f"of {len(history)}: {said}"
+        return f"of {len(history)}: {argued(weigh(_parts(candidate), counts, len(history), self.usual))}"
 
 
 def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import string
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.evaluation.ranking import Lists, frozen, name_of, top
 from mmllmrec.features.prompts import Prompt, load_prompt
 from mmllmrec.language.generate import Generator
-from mmllmrec.language.profiles import LAST, Overlap, histories
+from mmllmrec.language.profiles import LAST, Overlap, argued, histories
 from mmllmrec.language.retrieve import Retriever
 from mmllmrec.seed import generator as numbers
 
@@ -49,11 +50,11 @@ class Reranked:
 
     From a pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people, drawn
     among those with a history, in the mean (0: nothing is taken): what a text says of itself, that it is the best or
-    that the answer is yes, then counts for nothing. So does how
-    often an item is taken by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to
-    the judgement. With 1 and a model that ``instruct`` tuned pointwise this is Bayes' rule: its judgement is log p(item
-    | user) - log p(item). ``blend`` is the weight of the model's judgement against the scorer's own (each standardised
-    within the list; 1: the model alone).
+    that the answer is yes, then counts for nothing. So does how often an item is taken by anyone; ``prior`` times
+    log(1 + its training events), which no text can forge, is added to the judgement. With 1 and a model that
+    ``instruct`` tuned pointwise this is Bayes' rule: its judgement is log p(item | user) - log p(item). ``blend`` is
+    the weight of the model's judgement against the scorer's own (each standardised within the list; 1: the model
+    alone).
 
     Whatever the texts say, the outcome is a permutation of the candidates. ``tokens`` and ``seconds`` add up what was
     spent. Raises ``DataError`` for an unknown mode, and for a listwise ``n`` above 26, the letters there are.
@@ -181,34 +182,37 @@ class Reranked:
         fields = self._fields(lists.users)
         cells = np.argwhere(lists.real)
         items = lists.items[tuple(cells.T)]
-        rows = [
-            {**fields[b], "candidate": self.texts[i], "reasoning": ""} for (b, _), i in zip(cells, items, strict=True)
-        ]
+        rows = self._about([fields[b] for b in cells[:, 0]], lists.users[cells[:, 0]], items)
         if self.reasoning == "written":
             for row, thought in zip(rows, self._thoughts(rows), strict=True):
                 row["reasoning"] = thought
-        if self.reasoning == "counted":
-            rows = self._counted(rows, lists.users[cells[:, 0]], items)
         values = np.zeros(lists.items.shape)
         values[tuple(cells.T)] = self._leaning(rows)
         known = np.flatnonzero(self.train.user_counts)
         if self.strangers and len(known):
             which, where = np.unique(items, return_inverse=True)
-            drawn = numbers(self.seed, "strangers").choice(known, min(self.strangers, len(known)), replace=False)
-            theirs = self._fields(np.sort(drawn))
-            told = [{**f, "candidate": self.texts[i], "reasoning": ""} for f in theirs for i in which]
-            if self.reasoning == "counted":
-                told = self._counted(told, np.repeat(np.sort(drawn), len(which)), np.tile(which, len(theirs)))
-            values[tuple(cells.T)] -= self._leaning(told).reshape(len(theirs), -1).mean(axis=0)[where]
+            count = min(self.strangers, len(known))
+            drawn = np.sort(numbers(self.seed, "strangers").choice(known, count, replace=False))
+            theirs = [fields for fields in self._fields(drawn) for _ in which]
+            told = self._about(theirs, np.repeat(drawn, len(which)), np.tile(which, count))
+            values[tuple(cells.T)] -= self._leaning(told).reshape(count, -1).mean(axis=0)[where]
         return values
 
-    def _counted(self, rows: Sequence[dict[str, Any]], users: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
-        """Rows about users (R,) and items (R,), with what is counted for and against."""
+    def _about(self, fields: Sequence[Mapping[str, Any]], users: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
+        """Rows of the prompt about users (R,) and items (R,), with what is counted for and against where it is."""
+        if self.reasoning == "counted":
+            overlap, whole = self._counting
+            said = [overlap.thoughts(whole[u], self.texts[i]) for u, i in zip(users, items, strict=True)]
+        else:
+            said = [""] * len(items)
+        told = zip(fields, items, said, strict=True)
+        return [{**f, "candidate": self.texts[i], "reasoning": thought} for f, i, thought in told]
+
+    @cached_property
+    def _counting(self) -> tuple[Overlap, list[list[str]]]:
+        """What counts, and the lines of each user's whole history."""
         whole = histories(self.train, last=self.train.n_items)
-        said = {u: [self.texts[i] for i in whole[u] if self.texts[i]] for u in np.unique(users).tolist()}
-        overlap = Overlap.of(self.train, self.texts)
-        cells = zip(rows, users.tolist(), items.tolist(), strict=True)
-        return [{**row, "reasoning": overlap.thoughts(said[u], self.texts[i])} for row, u, i in cells]
+        return Overlap.of(self.train, self.texts), [[self.texts[i] for i in h if self.texts[i]] for h in whole]
 
     def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """log p(yes) - log p(no) of prompts."""
@@ -260,8 +264,7 @@ def thoughts(generator: Generator, rows: Sequence[Mapping[str, Any]], **options:
     judges, by the prompt ``preference_reasoning``, and the tokens that it took; ``options`` are of ``generate``."""
     asked = [{k: row[k] for k in ("history", "candidate", "evidence")} for row in rows]
     answers = generator.generate(load_prompt("preference_reasoning"), asked, **{"max_tokens": 48} | options)
-    said = [f"for: {a.value['for']}; against: {a.value['against']}" for a in answers]
-    return said, sum(a.tokens_in + a.tokens_out for a in answers)
+    return [argued(a.value) for a in answers], sum(a.tokens_in + a.tokens_out for a in answers)
 
 
 def _standard(values: np.ndarray, real: np.ndarray) -> np.ndarray:

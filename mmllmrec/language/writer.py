@@ -26,7 +26,7 @@ from mmllmrec.data.atelier import atelier
 from mmllmrec.data.atelier.words import Vocabulary
 from mmllmrec.features.prompts import load_prompt, prompts
 from mmllmrec.language.generate import spelling
-from mmllmrec.language.profiles import LAST, counted, histories, line, told
+from mmllmrec.language.profiles import LAST, argued, counted, histories, line, told, weigh
 from mmllmrec.language.rerank import LABELS, NOBODY
 from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator, seed_everything
@@ -140,7 +140,7 @@ class _Answers:
         said = {"history": [shop.lines[i] for i in history], "evidence": _others(shop, rng, 1)}
         found: Answered = []
         for item in rng.integers(0, len(shop.texts), WEIGHED).tolist():
-            value = _weighed(shop, history, counts, item)
+            value = weigh(shop.traits[item], counts, len(history), shop.share)
             found.append(({**said, "candidate": shop.lines[item]}, value))
         return found
 
@@ -183,10 +183,9 @@ class _Answers:
             if how != "history":
                 taken = all(counts[t] for t in shop.traits[item])
             if how == "reasoning":
-                value = _weighed(shop, history, counts, item)
-                reasoning = f"for: {value['for']}; against: {value['against']}"
-                speaks = {side: 0 if traits == "nothing" else traits.count(",") + 1 for side, traits in value.items()}
-                taken = speaks["for"] > speaks["against"]
+                traits = shop.traits[item]
+                reasoning = argued(weigh(traits, counts, len(history), shop.share))
+                taken = 2 * sum(counts[t] > shop.share[t] * len(history) for t in traits) > len(traits)
             found.append(({**said, "candidate": shop.lines[item], "reasoning": reasoning}, "yes" if taken else "no"))
         return found
 
@@ -214,15 +213,6 @@ class _Answers:
         first = sorted(range(size), key=lambda n: shop.lines[shown[n]] not in lines)
         said = {**NOBODY, "history": lines, "candidates": rows, "reasoning": ""}
         return [(said, [LABELS[n] for n in first])]
-
-
-def _weighed(shop: Shop, history: Sequence[int], counts: Counter[str], item: int) -> dict[str, str]:
-    """An item's traits with how often a history has each, those that it has more often than the shop apart."""
-    sides: dict[str, list[str]] = {"for": [], "against": []}
-    for trait in shop.traits[item]:
-        more = counts[trait] > shop.share[trait] * len(history)
-        sides["for" if more else "against"].append(f"{trait} {counts[trait]}")
-    return {side: ", ".join(traits) or "nothing" for side, traits in sides.items()}
 
 
 def _near(shop: Shop, rng: np.random.Generator, item: int) -> int:
@@ -254,7 +244,7 @@ def _others(shop: Shop, rng: np.random.Generator, most: int) -> list[str]:
     return [shop.lines[int(i)] for i in rng.integers(0, len(shop.lines), int(rng.integers(0, most + 1)))]
 
 
-def said(name: str, value: Any) -> str:
+def as_text(name: str, value: Any) -> str:
     """An answer as text: JSON, or, where it is a judgement, the words."""
     if name in JUDGED:
         return f" {value if isinstance(value, str) else ', '.join(value)}"
@@ -278,7 +268,7 @@ def train(folder: Path, recipe: Recipe, *, work: Path | None = None) -> RunCard:
     rng = generator(recipe.seed, "writer")
     tasks = [one for shop in shops for one in answers(shop, rng, recipe.rows // 2)]
     ready = {name: load_prompt(name) for name in prompts()}
-    asked = [(ready[name].render(**fields), said(name, value)) for name, fields, value in tasks]
+    asked = [(ready[name].render(**fields), as_text(name, value)) for name, fields, value in tasks]
     made: list[RunCard] = []
 
     def make(beside: Path) -> None:
