@@ -247,3 +247,17 @@ def test_an_index_finds_what_a_full_product_finds():
 def test_unknown_fields_of_a_prompt_of_ones_own_are_named(shop):
     with pytest.raises(DataError, match="unknown"):
         Prompt("mine", 1, {"title": "text"}, "{{ title }}").render(title="x", price="3")
+
+
+def test_what_speaks_for_an_item_is_its_share_of_a_history_over_the_usual_one():
+    train = Interactions(
+        np.array([0, 0, 0, 1, 2, 2]), np.array([0, 1, 2, 0, 3, 4]), None, IdMap(range(3)), IdMap(range(6))
+    )
+    texts = ["red, cup", "red, jug", "red, cup", "tin, jug", "tin, cup", "new, cup"]
+    overlap = profiles.Overlap.of(train, texts)
+    assert overlap.usual == pytest.approx({"red": 4 / 6, "cup": 4 / 6, "jug": 2 / 6, "tin": 2 / 6})
+    history = ["red, cup"] * 40
+    # (40 + 20 * 2/3) / (60 * 2/3) = 1.33, half an octave up; (0 + 20 / 3) / (60 / 3) = 1/3, three halves down
+    assert overlap.thoughts(history, "red, jug") == "for: red 140%; against: jug 35%"
+    assert overlap.thoughts(["red, cup"], "red, cup") == "for: nothing; against: nothing"  # one event says little
+    assert overlap.thoughts(history, "new, cup") == "for: cup 140%; against: nothing"  # what was never taken: nothing

@@ -18,6 +18,7 @@ import json
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_block
 _ENVIRONMENT.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 Type = str | Mapping[str, str]
+
+
+@lru_cache(maxsize=256)  # compiling takes most of a rendering, and a template is rendered for every question
+def _compiled(template: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(template)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Prompt:
             raise DataError(f"prompt {self.id!r}: {what}; its inputs are {list(self.inputs)}")
         given = {name: self._checked(name, kind, fields[name]) for name, kind in self.inputs.items()}
         try:
-            found = _ENVIRONMENT.from_string(self.template).render(**given)
+            found = _compiled(self.template).render(**given)
         except jinja2.TemplateError as error:
             raise DataError(f"prompt {self.id!r}: {error}") from None
         lines = [" ".join(line.split()) for line in found.strip().splitlines()]

@@ -8,10 +8,11 @@ Legend: U users, I items, P phrases.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -26,6 +27,7 @@ from mmllmrec.language.generate import Generator
 
 LONGEST = 600  # characters of an item's text that go into a prompt
 LAST = 20  # events of a history that go into a prompt
+EVENTS = 20.0  # usual events that a history is mixed with before its shares are told
 ROWS = 512  # whose weights over all phrases are held at once
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 STOP = frozenset(
@@ -62,13 +64,15 @@ def counted(lines: Sequence[str], *, most: int = 40) -> str:
     return f"of {len(lines)}: {', '.join(f'{part} {n}' for part, n in often)}" if often else ""
 
 
-def weigh(parts: Iterable[str], counts: Counter[str], events: int, usual: Mapping[str, float]) -> dict[str, str]:
-    """What of an item is ``for`` and what ``against`` it, each with how often a history of ``events`` has it
-    (``counts``): for it is what is there more often than its ``usual`` share of events."""
-    sides: dict[str, list[str]] = {"for": [], "against": []}
-    for part in parts:
-        more = counts[part] > usual.get(part, 0.0) * events
-        sides["for" if more else "against"].append(f"{part} {counts[part]}")
+def weigh(leanings: Mapping[str, float]) -> dict[str, str]:
+    """What is ``for`` an item (leans above 0) and what ``against`` it (below 0), in the order given; what leans to no
+    side is left out.
+
+    >>> weigh({"teal 2": 1.4, "vase 1": -0.2})
+    {'for': 'teal 2', 'against': 'vase 1'}
+    """
+    sides = {"for": [said for said, n in leanings.items() if n > 0]}
+    sides["against"] = [said for said, n in leanings.items() if n < 0]
     return {side: ", ".join(said) or "nothing" for side, said in sides.items()}
 
 
@@ -78,13 +82,17 @@ def argued(sides: Mapping[str, str]) -> str:
 
 
 class Overlap:
-    """What speaks for an item and what against it, counted: how often a history has each part of the item's line, those
-    that it has more often than all training events do apart from the others. It is deterministic, and what a language
-    model's own reasoning (``rerank.thoughts``) has to beat.
+    """What speaks for an item and what against it, counted: how often a history has each part of the item's line, as a
+    percentage of how often all training events have it. It is deterministic, and what a language model's own reasoning
+    (``rerank.thoughts``) has to beat.
 
-    >>> overlap = Overlap({"teal": 0.1, "vase": 0.5})
-    >>> overlap.thoughts(["teal, vase", "teal, lamp"], "teal, vase")
-    'of 2: for: teal 2; against: vase 1'
+    The share of a history is its posterior mean under a Dirichlet prior that is worth ``EVENTS`` usual events, so that
+    one event of a short history does not count for much. Percentages are rounded to half an octave (71, 100, 140, 200,
+    280 ...): a model has few numbers to learn. What is as frequent as usual, or was never taken, is left out.
+
+    >>> overlap = Overlap({"teal": 0.1, "vase": 0.5, "lamp": 0.4})
+    >>> overlap.thoughts(["teal, vase"] * 9 + ["lamp"], "teal, lamp, vase")
+    'for: teal 400%, vase 140%; against: lamp 71%'
     """
 
     def __init__(self, usual: Mapping[str, float]):
@@ -96,12 +104,17 @@ class Overlap:
         counts: Counter[str] = Counter()
         for text, events in zip(texts, train.item_counts.tolist(), strict=True):
             counts.update(dict.fromkeys(_parts(text), events))
-        return cls({part: n / max(len(train), 1) for part, n in counts.items()})
+        return cls({part: n / len(train) for part, n in counts.items() if n})
 
     def thoughts(self, history: Sequence[str], candidate: str) -> str:
         """Of a history's lines and a candidate's."""
-        counts = Counter(part for text in history for part in _parts(text))
-        return f"of {len(history)}: {argued(weigh(_parts(candidate), counts, len(history), self.usual))}"
+        counts, leanings = Counter(part for text in history for part in _parts(text)), {}
+        for part in _parts(candidate):
+            if usual := self.usual.get(part):
+                lift = (counts[part] + EVENTS * usual) / ((len(history) + EVENTS) * usual)
+                step = round(2 * math.log2(lift))
+                leanings[f"{part} {float(f'{100 * 2 ** (step / 2):.2g}'):.0f}%"] = step
+        return argued(weigh(leanings))
 
 
 def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:
@@ -257,7 +270,7 @@ def written(
         for u, items_of in enumerate(said)
     ]
     of = generator.generate(*_fitting(generator, "user_profile", rows, max_tokens), **asked)
-    users = [clean("; ".join([*one.value["likes"], one.value["summary"]])) for one in of]
+    users = [clean("; ".join(dict.fromkeys([*one.value["likes"], one.value["summary"]]))) for one in of]
     tokens = sum(one.tokens_in + one.tokens_out for one in (*answers, *of))
     return Profiles(generator.name, items, users, tokens, {"model": generator.hash, "last": last})
 

@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 
 from mmllmrec.data.atelier import atelier
-from mmllmrec.data.atelier.words import Vocabulary
 from mmllmrec.features.prompts import load_prompt, prompts
 from mmllmrec.language.generate import spelling
-from mmllmrec.language.profiles import LAST, argued, counted, histories, line, told, weigh
+from mmllmrec.language.profiles import LAST, Overlap, counted, histories, line, told, weigh
 from mmllmrec.language.rerank import LABELS, NOBODY
 from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator, seed_everything
@@ -66,7 +65,7 @@ class Recipe:
     seeds: tuple[int, int] = (1_000_103, 1_000_133)  # of the two worlds
     vocabulary: int = 1536
     repeats: int = 44_000
-    rows: int = 24_000
+    rows: int = 72_000
     batch_tokens: int = 4096
     lr: float = 3e-3
     seed: int = 0
@@ -83,18 +82,12 @@ class Shop:
         self.seen = captions
         self.texts = told(world.catalog, seen=captions)
         self.histories = [h for h in histories(world.interactions) if len(h) > 3]
-        rows = [dict(zip(world.table, map(int, row), strict=True)) for row in zip(*world.table.values(), strict=True)]
-        self.traits = [_traits(world.vocabulary, row) for row in rows]
+        self.traits = list(zip(*world.traits().values(), strict=True))  # what is written, what is seen, the occasion
         self.lines = [line(t[:6], f"for {t[6]}") for t in self.traits]  # as a written profile says it, in a history
         counts = Counter(t for traits in self.traits for t in traits)
         self.share = {t: n / len(self.traits) for t, n in counts.items()}
-
-
-def _traits(v: Vocabulary, row: dict[str, int]) -> list[str]:
-    """What an item is, in words: what is written of it, then what is seen."""
-    written = [v.materials[row["material"]], v.kinds[row["kind"]], v.makers[row["maker"]][0]]
-    seen = [list(v.hues)[row["hue"]], v.patterns[row["pattern"]], f"{v.backdrops[row['backdrop']]} backdrop"]
-    return [*written, *seen, v.occasions[row["occasion"]]]
+        said = Counter(part for text in self.lines for part in text.split(", "))
+        self.overlap = Overlap({part: n / len(self.lines) for part, n in said.items()})
 
 
 def answers(shop: Shop, rng: np.random.Generator, count: int) -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -140,7 +133,8 @@ class _Answers:
         said = {"history": [shop.lines[i] for i in history], "evidence": _others(shop, rng, 1)}
         found: Answered = []
         for item in rng.integers(0, len(shop.texts), WEIGHED).tolist():
-            value = weigh(shop.traits[item], counts, len(history), shop.share)
+            usual = {t: shop.share[t] * len(history) for t in shop.traits[item]}
+            value = weigh({f"{t} {counts[t]}": counts[t] - n for t, n in usual.items()})
             found.append(({**said, "candidate": shop.lines[item]}, value))
         return found
 
@@ -183,9 +177,9 @@ class _Answers:
             if how != "history":
                 taken = all(counts[t] for t in shop.traits[item])
             if how == "reasoning":
-                traits = shop.traits[item]
-                reasoning = argued(weigh(traits, counts, len(history), shop.share))
-                taken = 2 * sum(counts[t] > shop.share[t] * len(history) for t in traits) > len(traits)
+                reasoning = shop.overlap.thoughts(lines, shop.lines[item])
+                sides = reasoning.split("; against: ")
+                taken = sides[0].count("%") > sides[1].count("%")
             found.append(({**said, "candidate": shop.lines[item], "reasoning": reasoning}, "yes" if taken else "no"))
         return found
 

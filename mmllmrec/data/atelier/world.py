@@ -165,6 +165,20 @@ class Atelier(RecDataset):
             for row in zip(*self.table.values(), strict=True)
         ]
 
+    def traits(self) -> dict[str, list[str]]:
+        """What is true of each item, in the words that texts and captions use: factor -> (I,)."""
+        v = self.vocabulary
+        said = {
+            "material": v.materials,
+            "kind": v.kinds,
+            "maker": [ways[0] for ways in v.makers],
+            "hue": list(v.hues),
+            "pattern": v.patterns,
+            "backdrop": [f"{b} backdrop" for b in v.backdrops],
+            "occasion": v.occasions,
+        }
+        return {name: [words[level] for level in self.table[name]] for name, words in said.items()}
+
 
 @dataclass(frozen=True)
 class Oracle:
