@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -69,6 +69,11 @@ def content_hash(*parts: Any) -> str:
     >>> content_hash("a", np.arange(3)) == content_hash("a", np.arange(3))
     True
     """
+    return hash_of(parts)
+
+
+def hash_of(parts: Iterable[Any]) -> str:
+    """``content_hash`` of parts that are made one at a time: all weights of a model need not be held in copy."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):

@@ -20,6 +20,7 @@ from mmllmrec.language.generate import Generator
 from mmllmrec.language.rerank import Reranked
 from mmllmrec.runcard import RunCard
 from tests.planted import Table
+from tests.towers import random_causal
 
 ORDERS = ("prior", "zero-shot", "tuned", "tuned, shuffled texts", "tuned, retrieval", "tuned, no thoughts", "tuned, 20")
 
@@ -41,21 +42,25 @@ def test_every_row_is_there_with_what_it_cost_and_made_once(world, tmp_path, mon
         assert answer.value(name, "cost", "tokens a user") > 10 and answer.value(name, "cost", "seconds a user") > 0
     assert answer.value(f"{FIRST} + prior", "cost", "tokens a user") == 0
     own, told = (answer.value(f"{FIRST} + tuned, {how}20", "cost", "tokens a user") for how in ("own thoughts, ", ""))
-    assert own > 1.5 * told
+    written = answer.value("TwoStage + LLM profiles", "cost", "tokens a user")
+    assert own - written > 1.5 * (told - written)
+    assert answer.value(f"{FIRST} + tuned", "cost", "tuning, s") > 0
     card = RunCard.load(tmp_path / "answer" / "card.json")
     assert card.settings["language"]["n"] == 12 and card.settings["language"]["model"]["name"] == "nano-writer"
 
     def never(*anything, **else_):
         raise AssertionError("what was written is read")
 
-    monkeypatch.setattr(Generator, "_write", never)
+    for name in ("_write", "_read", "_ordered"):
+        monkeypatch.setattr(Generator, name, never)
     monkeypatch.setattr("mmllmrec.language.instruct.fit_causal", never)
     again = bench.language(folder=tmp_path / "answer", **asked)
     assert again.frame.equals(answer.frame)
-    some = {**asked, "systems": ["TwoStage + LLM profiles"]}  # in another folder, from the same writing
+    some = {**asked, "systems": ["TwoStage + LLM profiles", f"{FIRST} + zero-shot"]}  # elsewhere, of the same writing
     part = bench.language(folder=tmp_path / "part", **some)
     row = "TwoStage + LLM profiles", "warm"
-    assert part.value(*row) == answer.value(*row) and "TwoStage + tuned" in set(part.frame["system"])
+    assert part.value(*row) == answer.value(*row) and f"{FIRST} + zero-shot" in set(part.frame["system"])
+    assert not any("tuned" in name for name in set(part.frame["system"]))
     with pytest.raises(DataError, match="other settings"):
         bench.language(folder=tmp_path / "answer", **{**asked, "n": 11})
 
@@ -68,6 +73,18 @@ def test_without_a_language_model_the_template_is_there(world, tmp_path):
     assert "TwoStage + template profiles" in found and not any(" + tuned" in name for name in found)
     with pytest.raises(DataError, match=r"TwoStage \+ LLM profiles"):
         bench.language(folder=tmp_path / "other", **{**asked, "systems": ["TwoStage + LLM profiles"]})
+
+
+def test_a_model_of_the_users_own_writes_and_orders_on_any_data(world, tmp_path):
+    data = RecDataset(world.name, world.interactions, world.catalog)  # not known to be planted
+    asked = {"data": data, "seeds": 1, "trials": 1, "minutes": None, "quick": 1, "tuned": tmp_path / "tuned", "n": 5}
+    asked |= {"model": str(random_causal(tmp_path / "random", context=2048))}
+    asked["systems"] = ["TwoStage + LLM profiles", f"{FIRST} + zero-shot", f"{FIRST} + tuned, listwise, 20"]
+    answer = bench.language(folder=tmp_path / "answer", **asked)
+    systems = set(answer.frame["system"])
+    assert {"TwoStage + LLM profiles", f"{FIRST} + tuned, listwise, 20", f"{FIRST} + zero-shot"} <= systems
+    assert ORDER not in systems and f"{FIRST} + tuned" not in systems
+    assert answer.value("TwoStage + LLM profiles", "cost", "tokens a user") > 10
 
 
 def test_weights_are_those_that_serve_validation_best(world):

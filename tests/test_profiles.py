@@ -20,19 +20,16 @@ KINDS = ["oak chair", "oak table", "oak bench", "oak stool", "oak shelf", "tin c
 class Recorder:
     """In place of a language model: keeps every prompt, and answers with the least that the schema allows."""
 
-    name, hash, context = "recorder", "0", 10**6
+    name, hash, seconds = "recorder", "0", 0.0
 
     def __init__(self):
         self.prompts = []
-
-    def ids(self, text):
-        return text.split()
 
     def generate(self, prompt, rows, **options):
         found = []
         for row in rows:
             self.prompts.append(prompt.render(**row))
-            value = {"attributes": ["x"], "audience": "y", "summary": "z", "likes": ["x"]}
+            value = {"attributes": ["x"], "audience": "y", "summary": "z", "likes": ["x"], "description": "w"}
             cites = [e["label"] for e in row["evidence"][:1]] if prompt.id == "explanation" else []
             value["sentences"] = [{"text": "as said", "cites": cites}]
             value = {k: v for k, v in value.items() if k in prompt.output["properties"]}
@@ -261,3 +258,32 @@ def test_what_speaks_for_an_item_is_its_share_of_a_history_over_the_usual_one():
     assert overlap.thoughts(history, "red, jug") == "for: red 140%; against: jug 35%"
     assert overlap.thoughts(["red, cup"], "red, cup") == "for: nothing; against: nothing"  # one event says little
     assert overlap.thoughts(history, "new, cup") == "for: cup 140%; against: nothing"  # what was never taken: nothing
+
+
+def test_a_text_without_spaces_is_cut_and_not_lost():
+    (said,) = profiles.told(catalog_of(["Vase. " + "漆" * 5000]), longest=600)
+    assert said.startswith("Vase. 漆") and 590 < len(said) < 620
+    (said,) = profiles.told(catalog_of(["word " * 400]), longest=600)
+    assert said.endswith("word ...") and len(said) <= 604
+
+
+def test_what_a_picture_may_show_is_guessed_where_there_is_none():
+    catalog = catalog_of(["oak chair", "oak bench", "tin cup"])
+    catalog = catalog.with_features("sound", np.ones((3, 2), dtype=np.float32), absent=np.array([True, False, True]))
+    llm = Recorder()
+    found = profiles.described(llm, catalog, "sound", [["a lamp"], [], ["a jug", "a mug"]])
+    assert [bool(one) for one in found] == [True, False, True]  # what is there is not guessed
+    assert "oak chair" in llm.prompts[0] and "a lamp" in llm.prompts[0] and "a jug" in llm.prompts[1]
+
+
+def test_what_is_too_long_is_shortened_the_oldest_first():
+    nano = Generator.load("nano", context=180)
+    asked = load_prompt("user_profile")
+    rows = [{"history": [f"thing {n}" for n in range(60)], "evidence": ["near", "far " * 60]}]
+    with pytest.raises(DataError, match=r"row 0 .* give shorter"):
+        nano.generate(asked, rows, max_tokens=20, progress=False)
+    seen, ids = [], nano.ids
+    nano.ids = lambda text: seen.append(text) or ids(text)
+    (one,) = nano.generate(asked, rows, max_tokens=20, shorten=True, progress=False)
+    assert one.tokens_in <= 160 and one.tokens_in > 80
+    assert "thing 59" in seen[-1] and "thing 0" not in seen[-1] and "near" in seen[-1]

@@ -188,3 +188,21 @@ def test_the_command_line_lists_shows_and_renders(tmp_path):
     for wrong, says in (("history=oak", "as JSON"), ("profile", "name=value"), ("price=3", r"unknown \['price'\]")):
         with pytest.raises(DataError, match=says):
             CliRunner().invoke(app, ["prompts", "render", "pointwise", "--field", wrong], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("template", ["{{ title + 1 }}", "{{ 1 / 0 }}", "{% include 'x' %}"])
+def test_what_a_template_does_wrong_is_told_with_its_name(template):
+    with pytest.raises(DataError, match=r"prompt 'mine': \w+"):
+        Prompt("mine", 1, {"title": "text"}, template).render(title="Lamp")
+
+
+def test_a_prompt_in_another_encoding_says_so(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_bytes("---\nid: mine\nversion: 1\ninputs: []\n---\nBücher".encode("latin-1"))
+    with pytest.raises(DataError, match=r"mine.jinja: not in UTF-8"):
+        load_prompt(path)
+
+
+def test_the_hash_knows_the_schema_of_an_answer():
+    one, other = (Prompt("p", 1, {}, "x", output={"maxLength": n}) for n in (3, 4))
+    assert len({one.hash, other.hash, Prompt("p", 1, {}, "x").hash}) == 3

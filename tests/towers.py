@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,12 +11,13 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import IdMap, Interactions
 from mmllmrec.models.unified import Preset
 from mmllmrec.seed import seed_everything
+from mmllmrec.shipped import shipped
 
 WORDS = ["<pad>", "<unk>", "An", "item", "called", "red", "blue", "green", "lamp", "vase", "bowl", "of", "."]
 
@@ -40,6 +42,17 @@ def tiny_preset(folder: Path) -> Preset:
     config = {"model_cfg": about, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (folder / "clip" / "open_clip_config.json").write_text(json.dumps(config))
     return Preset(vision=str(folder / "clip"), language=str(folder / "language"), rank=3, tokens=16, soft=2)
+
+
+def random_causal(folder: Path, *, context: int = 512) -> Path:
+    """A causal language model of random weights, as a user's own model would lie in a folder; its words are nano's."""
+    seed_everything(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 23, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=720, max_position_embeddings=context, bos_token_id=2, eos_token_id=3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped("adapters/nano-base") / "language" / name, folder)
+    return folder
 
 
 def tiny_world(users: int = 7, items: int = 11) -> tuple[Interactions, Catalog]:

@@ -180,7 +180,16 @@ class _Fits:
     def place(self, row: Row, split: Split, seed: int) -> Path:
         """Where the fit of a row on a split lies: its name, and a hash of all that decides it."""
         behind = (row, *(self.by_name[name] for name in row.after))
-        parts = [(r.name, r.search, self.tuned[r.search].options, self.tuned[r.search].settings) for r in behind]
+        parts = [
+            (
+                r.name,
+                r.search,
+                self.tuned[r.search].options,
+                self.tuned[r.search].settings,
+                *([r.about] if r.about else []),
+            )
+            for r in behind
+        ]
         name = f"{row.name}, {content_hash(split.hash, parts)[:8]}"
         return self.budget.folder / self.data.name / FITS / f"{split.name}, seed {seed}" / name
 

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,25 +35,68 @@ from mmllmrec.language.generate import Generator
 from mmllmrec.language.profiles import LAST, Overlap, Profiles
 from mmllmrec.language.rerank import REASONINGS, Reranked, thoughts
 from mmllmrec.language.retrieve import Retriever
-from mmllmrec.runcard import content_hash, write_json
+from mmllmrec.runcard import content_hash
 from mmllmrec.seed import dealt
 
 FIRST = REFERENCE.name  # the first stage whose first places are put in another order
 N = 50  # candidates
 LISTED = 20  # of them that a list is made of: a letter each
+PROFILING = ("item_profile", "user_profile")
+PROMPTS = (*PROFILING, "preference_reasoning", "pointwise", "listwise")
 AROUND = 200  # tokens of a prompt besides the items in it, thoughts and answer among them
 WEIGHTS = {"prior": (0.0, 0.5, 1.0, 2.0), "blend": (0.0, 0.25, 0.5, 0.75, 1.0)}  # chosen on validation
 TUNING: dict[str, Any] = {"rank": 16, "lr": 3e-3, "epochs": 1, "batch_tokens": 4096}
 ASKED: dict[str, Any] = {"rounds": 4, "per_user": 4, "negatives": 2}
 FEWER = {"rounds": 1, "per_user": 2}  # of what is long to read, or has thoughts to be written
 ORDER = f"{FIRST}, in the order of the twin"
-SPENT = [Column("tokens a user", COST, "tokens a user", digits=0), Column("seconds a user", COST, "seconds a user")]
+SPENT = [
+    Column("tokens a user", COST, "tokens a user", digits=0),
+    Column("seconds a user", COST, "seconds a user"),
+    Column("tuning, s", COST, "tuning, s", digits=0),
+]
 LINES = {  # a row's name -> what is written of the items, and whether other items' lines are read
     "TwoStage + template profiles": ("template", False),
     "TwoStage + LLM profiles": ("written", False),
     "TwoStage + LLM profiles, retrieval": ("retrieved", False),
     "TwoStage + LLM profiles, shuffled": ("written", True),
 }
+ANSWERS = "answers"  # the folder of what was written and judged, by model and prompt, for all splits
+
+
+@dataclass(frozen=True)
+class Order:
+    """The first places of a scorer in another order: by a model as it is, or ``tuned`` to what it is told (``how``,
+    ``Desk.telling``); of the first ``LISTED`` alone (``few``); of ``ours`` or of the first stage. ``shuffled``: texts
+    of other items; ``retrieval``: with evidence, which no model was tuned to; ``silent``: no model, how often an item
+    is taken alone."""
+
+    name: str
+    tuned: str = ""
+    how: str = "counted"
+    few: bool = False
+    ours: bool = False
+    shuffled: bool = False
+    retrieval: bool = False
+    silent: bool = False
+
+
+def _named(order: Order, ours: str) -> str:
+    return f"{ours if order.ours else FIRST} + {order.name}"
+
+
+ORDERS = (
+    Order("prior", silent=True),
+    Order("zero-shot"),
+    Order("tuned", "counted"),
+    Order("tuned, shuffled texts", "counted", shuffled=True),
+    Order("tuned, retrieval", "counted", retrieval=True),
+    Order("tuned, no thoughts", "history", "history"),
+    Order(f"tuned, {LISTED}", "counted", few=True),
+    Order(f"tuned, own thoughts, {LISTED}", "written", "written", few=True),
+    Order(f"tuned, listwise, {LISTED}", "listwise", "listwise", few=True),
+    Order("zero-shot", ours=True),
+    Order("tuned", "counted", ours=True),
+)
 GAP = "of the gap to the twin's order of the same candidates"
 
 
@@ -86,15 +129,24 @@ def language(
     item is taken.
 
     ``model`` is a language model (``Generator.load``): on planted worlds ``nano-writer`` unless named. On other data
-    the rows that generate are there when one is named, and the template's are there without. What is written, tuned and
-    fitted is kept in ``tuned``: a bench that was cut off goes on. Otherwise as the questions (``bench.q1``).
+    the rows that generate are there when one is named, and the template's are there without. What is written, judged,
+    tuned and fitted is kept in ``tuned``: a bench that was cut off goes on. ``systems`` names rows, and orders of first
+    places, of which none is made where none is named. Otherwise as the questions (``bench.q1``).
+
+    What it costs a user: tokens that were read and written and the model's seconds, of profiles (all items' and all
+    users', divided by the users) and of judgements on top of the profiles that they read; tuning stands apart.
     """
     asked = setup(data, path, end_to_end=end_to_end, whole=False, vision=vision)
     name = model or ("nano-writer" if isinstance(asked.data, Atelier) else None)
     ours = "Unified" if systems is None or "Unified" in systems else "TwoStage"
-    desk = Desk(asked, None if name is None else Generator.load(name), Path(tuned), n, ours, quick)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    desk = Desk(asked, None if name is None else Generator.load(name, device=device), Path(tuned), n, ours, quick)
+    orders = dict(desk.orders)
+    if systems is not None:
+        desk.orders = {name: order for name, order in orders.items() if name in systems}
     question = _question(desk)
-    question = question if systems is None else only(question, [FIRST, ours, *systems])
+    if systems is not None:
+        question = only(question, [FIRST, ours, *(s for s in systems if s not in orders)])
     budget = Budget(trials, minutes, Path(tuned))
     return ask(question, asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
 
@@ -110,8 +162,14 @@ class Desk:
     ours: str = "Unified"  # whose first places are put in another order besides the first stage's
     quick: int | None = None
     scorers: list[Any] = field(default_factory=list, repr=False)  # of the seed at hand
+    orders: dict[str, Order] = field(default_factory=dict)  # by the name of a scorer
     _seen: list[str] | None = field(default=None, repr=False)
     _profiles: dict[Any, Profiles] = field(default_factory=dict, repr=False)
+    _tuning: dict[str, float] = field(default_factory=dict, repr=False)  # seconds, by a tuned model's hash
+
+    def __post_init__(self) -> None:
+        if self.writer is not None:
+            self.orders = self.orders or {_named(order, self.ours): order for order in ORDERS}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -119,7 +177,22 @@ class Desk:
         if self.writer is None:
             return {}
         model = {"name": self.writer.name, "hash": self.writer.hash}
-        return {"language": {"model": model, "n": self.n, "weights": WEIGHTS, "tuning": TUNING, "asked": ASKED}}
+        told = {"n": self.n, "listed": LISTED, "last": LAST, "weights": WEIGHTS, "orders": list(self.orders)}
+        asked = {name: load_prompt(name).hash for name in PROMPTS}
+        return {
+            "language": {"model": model, **told, "tuning": TUNING, "asked": ASKED, "fewer": FEWER, "prompts": asked}
+        }
+
+    @property
+    def writing(self) -> str:
+        """What decides the lines that are written, besides what they are of."""
+        parts = [load_prompt(name).hash for name in PROFILING]
+        return content_hash("" if self.writer is None else self.writer.hash, self.asked.data.catalog.hash, parts)
+
+    @property
+    def answers(self) -> Path:
+        """Where all that the model says is kept, by what it was asked."""
+        return self.folder / self.asked.data.name / "language" / ANSWERS
 
     def place(self, split: Split, *parts: Any) -> Path:
         """Where what is made for a split lies, by what it depends on."""
@@ -138,22 +211,18 @@ class Desk:
         written with evidence by nearness in the first stage's vectors, of training events alone."""
         if (split.hash, kind) in self._profiles:
             return self._profiles[split.hash, kind]
-        asked = [load_prompt(name).hash for name in ("item_profile", "user_profile")]
-        train, catalog, place = split.train, split.catalog, self.place(split, "profiles", kind, asked)
-        path = place / "profiles.json"
-        if path.is_file():
-            found = Profiles(**json.loads(path.read_text(encoding="utf-8")))
-        else:
+        train, catalog, seen = split.train, split.catalog, self.seen()
+        if kind == "template":
             began = time.perf_counter()
-            if kind == "template":
-                found = profiles.template(train, catalog, seen=self.seen())
-            else:
-                evidence = self._evidence(split, made) if kind == "retrieved" else None
-                options: dict[str, Any] = {"folder": place, "progress": False}
-                found = profiles.written(self._ready(), train, catalog, seen=self.seen(), evidence=evidence, **options)
-            found.about["seconds"] = round(time.perf_counter() - began, 3)
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(path, asdict(found))
+            found = profiles.template(train, catalog, seen=seen)
+            found.seconds = time.perf_counter() - began
+        else:
+            evidence = self._evidence(split, made) if kind == "retrieved" else None
+            options: dict[str, Any] = {"folder": self.answers, "progress": False}
+            found = profiles.written(self._ready(), train, catalog, seen=seen, evidence=evidence, **options)
+            if kind == "retrieved":  # the lines of its evidence were written first
+                first = self.profiles(split, "written", made)
+                found = replace(found, tokens=found.tokens + first.tokens, seconds=found.seconds + first.seconds)
         self._profiles[split.hash, kind] = found
         return found
 
@@ -185,17 +254,22 @@ class Desk:
         writer, texts, train = self._ready(), self.profiles(split, "written", made).items, split.train
         drawn = ASKED | (FEWER if how in ("listwise", "written") else {}) | ({"rounds": 1} if self.quick else {})
         asked = self.telling(split, made, how)
-        prompt = load_prompt(asked["mode"]).hash
-        place = self.place(split, "tuned", asked, drawn, TUNING, prompt, self.n, content_hash(texts))
+        prompts = [load_prompt(name).hash for name in (asked["mode"], "preference_reasoning")]
+        candidates = self.candidates(split, made)
+        decides = (asked, drawn, TUNING, prompts, content_hash(texts), content_hash(candidates.items, candidates.real))
+        place = self.place(split, "tuned", *decides)
         if (place / "adapter_config.json").is_file():
-            return writer.adapted(place)
-        overlap = Overlap.of(train, texts) if how == "counted" else None
-        options = {"tasks": (asked["mode"],), "last": asked["last"], "listed": LISTED, "overlap": overlap, **drawn}
-        some = instruct.examples(train, texts, self.candidates(split, made), **options)
-        if how == "written":
-            found, _ = thoughts(writer, [e.fields for e in some], folder=place / "thoughts", progress=False)
-            some = [replace(e, fields={**e.fields, "reasoning": t}) for e, t in zip(some, found, strict=True)]
-        return instruct.instruct(writer, some, folder=place, progress=False, **TUNING)
+            found = writer.adapted(place)
+        else:
+            overlap = Overlap.of(train, texts) if how == "counted" else None
+            options = {"tasks": (asked["mode"],), "last": asked["last"], "listed": LISTED, "overlap": overlap, **drawn}
+            some = instruct.examples(train, texts, candidates, **options)
+            if how == "written":
+                said, _ = thoughts(writer, [e.fields for e in some], folder=self.answers, progress=False)
+                some = [replace(e, fields={**e.fields, "reasoning": t}) for e, t in zip(some, said, strict=True)]
+            found = instruct.instruct(writer, some, folder=place, progress=False, **TUNING)
+        self._tuning[found.hash] = json.loads((place / "card.json").read_text(encoding="utf-8"))["seconds"]
+        return found
 
     def _evidence(self, split: Split, made: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         """Lines for each item and each user."""
@@ -240,7 +314,8 @@ def _question(desk: Desk) -> Question:
     zero, best = (f"{FIRST} + {how}" for how in ("zero-shot", "tuned"))
     claims = [Claim(name, "TwoStage", row) for name in kinds for row in ("warm", "cold")]
     if desk.writer is not None:
-        claims += [Claim("TwoStage + LLM profiles", "TwoStage + template profiles", r) for r in ("warm", "cold")]
+        others = ("TwoStage + template profiles", "TwoStage + LLM profiles, shuffled")
+        claims += [Claim("TwoStage + LLM profiles", other, r) for other in others for r in ("warm", "cold")]
         claims += [Claim(best, other, "warm") for other in (FIRST, zero, f"{FIRST} + prior", f"{best}, shuffled texts")]
         claims += [Claim(f"{best}, {more}", best, "warm") for more in ("retrieval", "no thoughts")]
         shorter = (f"{best}, own thoughts, {LISTED}", f"{best}, listwise, {LISTED}")
@@ -250,6 +325,8 @@ def _question(desk: Desk) -> Question:
             for other in (desk.ours, f"{desk.ours} + zero-shot")
             for row in ("warm", "cold")
         ]
+
+    gone = {name for o in ORDERS if (name := _named(o, desk.ours)) not in desk.orders}
 
     def beside(split: Split, runs: Mapping[str, Any], seed: int) -> list[Any]:
         desk.scorers = _beside(desk, split, runs, seed)
@@ -261,7 +338,7 @@ def _question(desk: Desk) -> Question:
         rows,
         Layout({NDCG: [*RANKED, *SPENT]}, grey=("Oracle", TWIN, ORDER)),
         cold_items,
-        claims=claims,
+        claims=[c for c in claims if not gone & {c.system, c.other}],
         beside=beside,
         more=lambda split, runs, seed: _spent(desk, split, runs),
         notes=_notes,
@@ -276,7 +353,8 @@ def _profile_row(desk: Desk, name: str, kind: str, other: bool) -> Row:
         found = desk.profiles(split, kind, made).items
         return _dealt(found, split.settings["seed"]) if other else found
 
-    return two_stage_row(desk.asked, name, written=lines, after=(FIRST,) if kind == "retrieved" else ())
+    after = (FIRST,) if kind == "retrieved" else ()
+    return two_stage_row(desk.asked, name, written=lines, after=after, about=desk.writing)
 
 
 def _dealt(lines: Sequence[str], seed: int) -> list[str]:
@@ -297,36 +375,23 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
     if TWIN in runs:
         own, by = ((users @ items.T).detach() for users, items in (runs[name].model.embed() for name in (FIRST, TWIN)))
         scorers.append(Ordered(ORDER, own, desk.candidates(split, runs), by))
-    if desk.writer is None:
-        return scorers
-    texts = desk.profiles(split, "written", runs).items
-    tuned = desk.tuned(split, runs, "counted")
-    options = {"n": desk.n, "seed": seed, "progress": False, "folder": desk.place(split, "thoughts")}
-    few: dict[str, Any] = {"n": min(desk.n, LISTED)}
-
-    def add(
-        name: str,
-        language: Generator,
-        how: str = "counted",
-        *,
-        kind: type[Reranked] = Reranked,
-        of: str = FIRST,
-        **more: Any,
-    ) -> None:
-        asked = {"texts": texts, **options, **desk.telling(split, runs, how), **more, "label": f"{of} + {name}"}
-        scorers.append(_chosen(kind(runs[of].model, language, split.train, **asked), split))
-
-    add("prior", desk.writer, kind=_Silent)
-    add("zero-shot", desk.writer)
-    add("tuned", tuned)
-    add("tuned, shuffled texts", tuned, texts=_dealt(texts, seed))
-    add("tuned, retrieval", tuned, retriever=desk.retriever(split, runs, texts))
-    add("tuned, no thoughts", desk.tuned(split, runs, "history"), "history")
-    add(f"tuned, {LISTED}", tuned, **few)
-    add(f"tuned, own thoughts, {LISTED}", desk.tuned(split, runs, "written"), "written", **few)
-    add(f"tuned, listwise, {LISTED}", desk.tuned(split, runs, "listwise"), "listwise", **few)
-    add("zero-shot", desk.writer, of=desk.ours)
-    add("tuned", tuned, of=desk.ours)
+    for name, order in desk.orders.items():
+        texts = desk.profiles(split, "written", runs).items
+        asked = {
+            "texts": _dealt(texts, seed) if order.shuffled else texts,
+            "n": min(desk.n, LISTED) if order.few else desk.n,
+            "retriever": desk.retriever(split, runs, texts) if order.retrieval else None,
+            "thinker": desk.writer,  # a model that was tuned to say yes and no has no more thoughts
+            "folder": desk.answers,
+            "seed": seed,
+            "progress": False,
+            "label": name,
+            **desk.telling(split, runs, order.how),
+        }
+        language = desk.tuned(split, runs, order.tuned) if order.tuned else desk._ready()
+        kind = _Silent if order.silent else Reranked
+        scorer = runs[desk.ours if order.ours else FIRST].model
+        scorers.append(_chosen(kind(scorer, language, split.train, **asked), split))
     return scorers
 
 
@@ -343,19 +408,22 @@ def _chosen(scorer: Reranked, split: Split) -> Reranked:
 
 
 def _spent(desk: Desk, split: Split, runs: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Tokens and seconds a user: of writing what a row reads, or of re-ranking with its choice of weights."""
-    users, found = split.train.n_users, {}
-    spent = {}
+    """Tokens and seconds a user: of writing what a row reads, and of judging; seconds of tuning; weights chosen."""
+    users = split.train.n_users
+    found: dict[str, list[float]] = {}
+    spent: dict[str, tuple[float, float]] = {}
     for name, (kind, _) in LINES.items():
         if name in runs:
             written = desk.profiles(split, kind, runs)
-            spent[name] = written.tokens / users, written.about["seconds"] / users
+            spent[name] = written.tokens / users, written.seconds / users
     for one in desk.scorers:
         if isinstance(one, Reranked):
             judged = max(len(one.judged), 1)
-            spent[one.name] = one.tokens / judged, one.seconds / judged
-            for what in ("blend", "prior"):
-                found[f"{one.name} | {COST} | {what}"] = [float(getattr(one, what))]
+            read = Profiles("", [], []) if isinstance(one, _Silent) else desk.profiles(split, "written", runs)
+            spent[one.name] = one.tokens / judged + read.tokens / users, one.seconds / judged + read.seconds / users
+            about = {"blend": one.blend, "prior": one.prior}
+            about |= {"tuning, s": desk._tuning[one.language.hash]} if one.language.hash in desk._tuning else {}
+            found |= {f"{one.name} | {COST} | {what}": [float(value)] for what, value in about.items()}
     for name, (tokens, seconds) in spent.items():
         found |= {f"{name} | {COST} | tokens a user": [tokens], f"{name} | {COST} | seconds a user": [seconds]}
     return found

@@ -72,7 +72,8 @@ class Row:
     """A trained line of a table. ``build(split, made, **options)`` makes the model, ``made`` being the runs of the rows
     before it; ``settings`` are keywords of ``fit``. With a ``space`` its settings are searched, first those of
     ``starts``, and kept under ``search``; without one it takes what the search of that name found. Of ``choices``
-    (option, values) all are tried at the first start, beyond the budget. ``after`` are rows that it is built from."""
+    (option, values) all are tried at the first start, beyond the budget. ``after`` are rows that it is built from;
+    ``about`` is what decides its fit besides settings, split and data."""
 
     name: str
     build: Callable[..., Any]
@@ -82,6 +83,7 @@ class Row:
     starts: tuple[dict[str, Any], ...] = ({},)
     choices: tuple[str, Sequence[Any]] | None = None
     after: tuple[str, ...] = ()
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -281,9 +283,10 @@ def two_stage_row(
     change: Callable[[FeatureTable, Split], FeatureTable] | None = None,
     written: Callable[[Split, Mapping[str, Any]], Sequence[str]] | None = None,
     after: tuple[str, ...] = (),
+    about: str = "",
 ) -> Row:
     """The two-stage twin; under another name with some modalities, with its table changed, or with what is ``written``
-    of the items, a line each, as one more modality, and its settings."""
+    of the items, a line each, as one more modality, and its settings; ``about`` is what decides these lines."""
 
     def build(
         split: Split, made: Mapping[str, Any], *, features: str = "descriptors:64", vision: str = "", **options: Any
@@ -308,7 +311,7 @@ def two_stage_row(
     from mmllmrec.models import TwoStage
 
     tuned = asked.hybrid | {"choices": ("features", FEATURES[asked.preset])} if name == "TwoStage" else {}
-    return Row(name, build, TwoStage.fit_defaults, search="TwoStage", after=after, **tuned)
+    return Row(name, build, TwoStage.fit_defaults, search="TwoStage", after=after, about=about, **tuned)
 
 
 def twin_row(asked: Setup, *, present: bool = False) -> Row:

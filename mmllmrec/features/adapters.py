@@ -10,7 +10,7 @@ from torch import nn
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.features import hub
-from mmllmrec.runcard import RunCard
+from mmllmrec.runcard import RunCard, write_json
 
 # open_clip attends with nn.MultiheadAttention, whose projections are parameters and no linear modules: naming modules
 # alone would miss them or, for out_proj, change nothing
@@ -26,7 +26,8 @@ def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None 
 
     W' = W + (alpha / rank) B A with alpha = 2 rank and B = 0 at the start (Hu et al. 2022, eq. 3), so nothing changes
     until it trains. ``kind`` is ``"vision"`` (an open_clip transformer) or ``"language"`` (a ``transformers`` model);
-    ``layers`` limits the adapters to those layers. ``module`` itself is changed: pass a copy to keep it.
+    of which all projections are adapted, and no embedding or head; ``layers`` limits the adapters to those layers.
+    ``module`` itself is changed: pass a copy to keep it.
     Raises ``DataError`` when nothing was there to adapt.
     """
     from peft import LoraConfig, get_peft_model
@@ -41,9 +42,9 @@ def attach(module: nn.Module, *, rank: int, kind: str, layers: list[int] | None 
             named = rf"transformer\.resblocks\.({which})\..*\.?({'|'.join(VISION['target_modules'])})"
             targets = {"target_modules": named, "target_parameters": inside}
     else:
-        model_type = module.config.model_type  # type: ignore[union-attr]
-        family = "bert" if model_type in ("bert", "roberta", "xlm-roberta") else "llama"
-        targets = dict(LANGUAGE[family])
+        leaves = {name.rpartition(".")[2] for name, _ in module.named_modules()}
+        known = [t for t in LANGUAGE.values() if {p.rpartition(".")[2] for p in t["target_modules"]} <= leaves]
+        targets = dict(known[0]) if known else {"target_modules": "all-linear"}  # but for the head
         if layers is not None:
             targets |= {"layers_to_transform": layers, "layers_pattern": ["layer", "layers"]}
     try:
@@ -63,10 +64,11 @@ def save(adapted: Any, folder: Path, *, card: dict[str, Any]) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card: ours says what is known
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()  # whoever finds it finds an adapter that is whole
     name = str(card.get("base_model") or config["base_model_name_or_path"] or "")
     config["base_model_name_or_path"] = (Path(name).name if Path(name).exists() else name) or None
-    path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "card.json", card)
+    write_json(path, config)
 
 
 def push(adapted: Any, repo_id: str, *, card: RunCard, private: bool = True, token: str | None = None) -> str:

@@ -66,8 +66,10 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """Hash of everything that decides what given fields render to; goes into the run card."""
-        return content_hash(self.id, self.version, list(self.inputs), self.template)
+        """Hash of everything that decides what given fields render to and what an answer may be; goes into the run
+        card."""
+        form = [] if self.output is None else [json.dumps(dict(self.output))]
+        return content_hash(self.id, self.version, list(self.inputs), self.template, *form)
 
     def render(self, **fields: Any) -> str:
         """The text for one item, user or list: what ``clean`` leaves of every text, in the template's own lines.
@@ -82,8 +84,8 @@ class Prompt:
         given = {name: self._checked(name, kind, fields[name]) for name, kind in self.inputs.items()}
         try:
             found = _compiled(self.template).render(**given)
-        except jinja2.TemplateError as error:
-            raise DataError(f"prompt {self.id!r}: {error}") from None
+        except Exception as error:  # a template can do anything wrong that an expression can
+            raise DataError(f"prompt {self.id!r}: {type(error).__name__}: {error}") from None
         lines = [" ".join(line.split()) for line in found.strip().splitlines()]
         return "\n".join(line for n, line in enumerate(lines) if line or lines[n - 1])
 
@@ -133,7 +135,10 @@ def load_prompt(source: str | Path) -> Prompt:
     its header does not name.
     """
     path = path_of(source)
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    try:
+        parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not in UTF-8 ({error}); save it as that") from None
     if len(parts) != 3 or parts[0].strip():
         raise DataError(f"{path}: no header; open the file with '---', id, version, inputs, '---'")
     try:

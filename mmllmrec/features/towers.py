@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmllmrec.data.interactions import DataError
-from mmllmrec.runcard import content_hash, write_atomically
+from mmllmrec.runcard import hash_of, write_atomically
 
 MEAN, STD = 0.5, 0.25  # of the pixels of a tower that is trained here, in all three channels
 
@@ -313,7 +314,39 @@ def _blocks(tower: Any, x: Tensor, which: slice) -> Tensor:
 
 def weights_hash(module: nn.Module) -> str:
     """Hash of all parameters and buffers, by name."""
-    return content_hash(*(part for k, v in sorted(module.state_dict().items()) for part in (k, _numbers(v))))
+    return hash_of(part for k, v in sorted(module.state_dict().items()) for part in (k, _numbers(v)))
+
+
+def sees_all(model: Any) -> bool:
+    """Whether every token of a causal model sees all tokens before it, through a cache of them, and can be told its
+    place: only then can what some rows begin with alike be read once. One with a sliding window, or with a state in
+    place of a cache, does not."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+    full = all(kind == "full_attention" for kind in kinds) if kinds else not windowed
+    return full and not getattr(model, "_is_stateful", False) and _takes(model, "position_ids")
+
+
+def _takes(model: Any, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def logits_at(model: Any, here: Tensor, **inputs: Any) -> Any:
+    """A causal model's output with the logits of some places alone, ``here`` (B, L) bool -> (N, V): the head is the
+    widest layer and sees no other place. Whatever the model does to its logits, scaling or capping them, is done.
+    ``inputs`` are its own; a model that counts places by itself is not told them."""
+
+    def chosen(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return given[0][here], *given[1:]
+
+    if not _takes(model, "position_ids"):
+        inputs.pop("position_ids", None)
+    hook = model.get_output_embeddings().register_forward_pre_hook(chosen)
+    try:
+        return model(**inputs)
+    finally:
+        hook.remove()
 
 
 def _numbers(tensor: Tensor) -> Any:

@@ -96,12 +96,13 @@ def examples(
             hidden = rng.permutation(len(items))[: min(per_user, len(items) // 2)]
             shown = [texts[i] for i in np.delete(items, hidden)]
             history = shown[max(len(shown) - last, 0) :]
+            thoughts = None if overlap is None else overlap.of_history(shown)
             asked = {**NOBODY, "history": history, "profile": profile(shown) if profile is not None else ""}
             for task in tasks:  # those of one task follow one another: they begin alike
                 for item in items[hidden].tolist():
                     some = getattr(asker, task)(rng, item, taken, others)
-                    if overlap is not None and task == "pointwise":
-                        some = [(f | {"reasoning": overlap.thoughts(shown, f["candidate"])}, a) for f, a in some]
+                    if thoughts is not None and task == "pointwise":
+                        some = [(f | {"reasoning": thoughts(f["candidate"])}, a) for f, a in some]
                     found += [Example(task, {**asked, **fields}, answer, user) for fields, answer in some]
     if not found:
         raise DataError("no user of training has two items of which something is said: there is nothing to ask about")
@@ -162,7 +163,7 @@ def rows_of(generator: Generator, some: Sequence[Example]) -> list[Row]:
     found: list[Row] = []
     for n, one in enumerate(some):
         asked = generator.ids(prompts[one.task].render(**one.fields))
-        answer = [*generator.tokenizer(one.answer, add_special_tokens=False)["input_ids"], *end]
+        answer = [*generator.said(one.answer), *end]
         if len(asked) + len(answer) > generator.context:
             size = f"{len(asked) + len(answer)} tokens; {generator.name} holds {generator.context}"
             raise DataError(f"example {n} ({one.task}) has {size}: ask for a shorter history, last=")
@@ -184,8 +185,8 @@ def instruct(
 
     The examples of a share ``valid`` of the users are kept aside to choose the epoch; ``fit`` are the keywords of
     ``fit_causal``. ``folder`` gets checkpoints while it trains (a run that was cut off goes on) and the adapter in
-    PEFT's format, which ``Generator.load(adapter=)`` reads; ``generator`` itself is left as it is. For causal models
-    whose projections are named as Llama's are (``features.adapters.LANGUAGE``); others raise ``DataError``.
+    PEFT's format, which ``Generator.load(adapter=)`` reads; ``generator`` itself is left as it is. Raises ``DataError``
+    for a share that leaves nobody aside.
     """
     rows = rows_of(generator, some)
     whose = np.unique([one.user for one in some], return_inverse=True)[1]

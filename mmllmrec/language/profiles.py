@@ -22,10 +22,11 @@ import scipy.sparse as sp
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
-from mmllmrec.features.prompts import Prompt, clean, load_prompt
+from mmllmrec.features.prompts import clean, load_prompt
 from mmllmrec.language.generate import Generator
 
 LONGEST = 600  # characters of an item's text that go into a prompt
+WORDS = 40  # characters at the end of a cut text among which a word's end is looked for
 LAST = 20  # events of a history that go into a prompt
 EVENTS = 20.0  # usual events that a history is mixed with before its shares are told
 ROWS = 512  # whose weights over all phrases are held at once
@@ -100,21 +101,32 @@ class Overlap:
 
     @classmethod
     def of(cls, train: Interactions, texts: Sequence[str]) -> Overlap:
-        """With what is usual in ``train``: the share of its events whose item's line, of ``texts`` (I,), has a part."""
+        """With what is usual in ``train``: the share of its events, of items that have a line, whose line, of ``texts``
+        (I,), has a part."""
         counts: Counter[str] = Counter()
         for text, events in zip(texts, train.item_counts.tolist(), strict=True):
             counts.update(dict.fromkeys(_parts(text), events))
-        return cls({part: n / len(train) for part, n in counts.items() if n})
+        told = int(train.item_counts[np.array([bool(t) for t in texts])].sum())
+        return cls({part: n / told for part, n in counts.items() if n})
 
     def thoughts(self, history: Sequence[str], candidate: str) -> str:
         """Of a history's lines and a candidate's."""
-        counts, leanings = Counter(part for text in history for part in _parts(text)), {}
-        for part in _parts(candidate):
-            if usual := self.usual.get(part):
-                lift = (counts[part] + EVENTS * usual) / ((len(history) + EVENTS) * usual)
-                step = round(2 * math.log2(lift))
-                leanings[f"{part} {float(f'{100 * 2 ** (step / 2):.2g}'):.0f}%"] = step
-        return argued(weigh(leanings))
+        return self.of_history(history)(candidate)
+
+    def of_history(self, history: Sequence[str]) -> Callable[[str], str]:
+        """A history's lines, counted once: what is thought of each candidate's line."""
+        counts, events = Counter(part for text in history for part in _parts(text)), len(history)
+
+        def thoughts(candidate: str) -> str:
+            leanings = {}
+            for part in _parts(candidate):
+                if usual := self.usual.get(part):
+                    lift = (counts[part] + EVENTS * usual) / ((events + EVENTS) * usual)
+                    step = round(2 * math.log2(lift))
+                    leanings[f"{part} {float(f'{100 * 2 ** (step / 2):.2g}'):.0f}%"] = step
+            return argued(weigh(leanings))
+
+        return thoughts
 
 
 def histories(train: Interactions, *, last: int = LAST) -> list[np.ndarray]:
@@ -179,13 +191,15 @@ class Keyphrases:
 
 @dataclass
 class Profiles:
-    """What was written: ``items`` a line an item, ``users`` a line a user, empty where nothing was written;
-    ``tokens`` of a language model, read and written."""
+    """What was written: ``items`` a line an item, ``users`` a line a user, empty where nothing was written, and
+    ``summaries``, a language model's sentence on each item; ``tokens`` that it read and wrote, and its ``seconds``."""
 
     backend: str
     items: list[str]
     users: list[str]
+    summaries: list[str] = field(default_factory=list)
     tokens: int = 0
+    seconds: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
 
     def as_modality(
@@ -213,10 +227,14 @@ def template(train: Interactions, catalog: Catalog, *, seen: Sequence[str] | Non
     took = train.csr
     likes = found.top(took, k=phrases)
     own = found.top(sp.identity(len(texts), format="csr", dtype=np.float32), k=phrases)
-    takers = (took.T @ took).tocsr()
-    takers.setdiag(0)
-    takers.data = np.minimum(takers.data, 1)
-    audience = found.top(takers, k=3)
+    took_by, n = took.T.tocsr(), len(texts)
+    audience = []
+    for start in range(0, n, ROWS):  # of some items at once: of all, what was taken besides can be all pairs
+        pairs = (took_by[start : start + ROWS] @ took).tocoo()
+        others = pairs.col != pairs.row + start
+        cells = pairs.row[others], pairs.col[others]
+        beside = sp.csr_matrix((np.ones(int(others.sum()), dtype=np.float32), cells), shape=pairs.shape)
+        audience += found.top(beside, k=3)
     items = []
     for mine, theirs in zip(own, audience, strict=True):
         parts = [", ".join(mine)] if mine else []
@@ -243,14 +261,15 @@ def written(
 
     A user's prompt holds the profiles of the ``last`` items of training, the oldest first, whatever the history's
     length; a user without an event is described as one. ``evidence`` are further lines for each item and each user
-    (``retrieve``). An item of which nothing is said has no profile, and no prompt. ``folder`` keeps answers;
-    ``options`` are ``Generator.generate``'s.
+    (``retrieve``), the best first. An item of which nothing is said has no profile, and no prompt. What is too long for
+    the model's context is shortened. ``folder`` keeps answers; ``options`` are ``Generator.generate``'s.
     """
     texts = told(catalog, seen=seen)
     words = catalog.words()
     of_items, of_users = evidence or ([()] * len(texts), [()] * train.n_users)
     here = [n for n, t in enumerate(texts) if t]
-    asked = {"max_tokens": max_tokens, "folder": folder, "progress": progress, **options}
+    asked = {"max_tokens": max_tokens, "folder": folder, "shorten": True, "progress": progress, **options}
+    began = generator.seconds
     rows = [
         {
             "title": words[n]["title"],
@@ -260,39 +279,54 @@ def written(
         }
         for n in here
     ]
-    answers = generator.generate(*_fitting(generator, "item_profile", rows, max_tokens), **asked)
-    items = [""] * len(texts)
+    answers = generator.generate(load_prompt("item_profile"), rows, **asked)
+    items, summaries = [""] * len(texts), [""] * len(texts)
     for n, one in zip(here, answers, strict=True):
-        items[n] = line(one.value["attributes"], one.value["audience"])
+        items[n], summaries[n] = line(one.value["attributes"], one.value["audience"]), clean(one.value["summary"])
     said = histories(train, last=last)
     rows = [
         {"history": [items[i] for i in items_of if items[i]], "evidence": list(of_users[u])}
         for u, items_of in enumerate(said)
     ]
-    of = generator.generate(*_fitting(generator, "user_profile", rows, max_tokens), **asked)
+    of = generator.generate(load_prompt("user_profile"), rows, **asked)
     users = [clean("; ".join(dict.fromkeys([*one.value["likes"], one.value["summary"]]))) for one in of]
-    tokens = sum(one.tokens_in + one.tokens_out for one in (*answers, *of))
-    return Profiles(generator.name, items, users, tokens, {"model": generator.hash, "last": last})
+    tokens, about = (
+        sum(one.tokens_in + one.tokens_out for one in (*answers, *of)),
+        {"model": generator.hash, "last": last},
+    )
+    return Profiles(generator.name, items, users, summaries, tokens, generator.seconds - began, about)
 
 
-def _fitting(
-    generator: Generator, name: str, rows: Sequence[dict[str, Any]], more: int
-) -> tuple[Prompt, list[dict[str, Any]]]:
-    """A prompt, and its rows made to fit the model's context with ``more`` tokens to write: lists lose their first
-    entries, the oldest, and texts their second halves, until they do."""
-    prompt, found = load_prompt(name), []
-    for row in rows:
-        row = dict(row)
-        while len(generator.ids(prompt.render(**row))) + more > generator.context:
-            longest = max(row, key=lambda field: sum(map(len, row[field])))
-            if not row[longest]:
-                break  # the question itself is too long: ``generate`` says so
-            size = len(row[longest])
-            row[longest] = (
-                row[longest][: size // 2] if isinstance(row[longest], str) else row[longest][max(size // 4, 1) :]
-            )
-        found.append(row)
-    return prompt, found
+def described(
+    generator: Generator,
+    catalog: Catalog,
+    modality: str,
+    neighbours: Sequence[Sequence[str]],
+    *,
+    max_tokens: int = 64,
+    **options: Any,
+) -> list[str]:
+    """What each item that lacks a ``modality`` may have in it, in one line, by the prompt ``missing_modality``; empty
+    for those that have it.
+
+    It is told the item's words and the lines of its ``neighbours`` (``retrieve.Retriever.neighbours``), a list an item.
+    A guess: mark it as one where it is read beside what is known. ``options`` are ``Generator.generate``'s.
+    """
+    words, lacking = catalog.words(), np.flatnonzero(~catalog.present(modality)).tolist()
+    missing = {"image": "picture", "audio": "sound"}.get(modality, modality)
+    rows = [
+        {
+            "title": words[n]["title"],
+            "text": _cut(clean(words[n]["text"]), LONGEST),
+            "missing": missing,
+            "neighbours": list(neighbours[n]),
+        }
+        for n in lacking
+    ]
+    found, asked = [""] * len(words), {"max_tokens": max_tokens, "shorten": True} | options
+    for n, one in zip(lacking, generator.generate(load_prompt("missing_modality"), rows, **asked), strict=True):
+        found[n] = clean(one.value["description"])
+    return found
 
 
 def _parts(text: str) -> dict[str, None]:
@@ -309,4 +343,9 @@ def _phrases(text: str) -> set[str]:
 
 
 def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
+    """At most ``longest`` characters of a text, to the last word where one ends among the last of them: some scripts
+    put no spaces."""
+    if len(text) <= longest:
+        return text
+    end = text.rfind(" ", longest - WORDS, longest + 1)
+    return f"{text[:longest] if end < 0 else text[:end]} ..."

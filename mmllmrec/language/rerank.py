@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import string
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -49,15 +48,18 @@ class Reranked:
     training history.
 
     From a pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people, drawn
-    among those with a history, in the mean (0: nothing is taken): what a text says of itself, that it is the best or
-    that the answer is yes, then counts for nothing. So does how often an item is taken by anyone; ``prior`` times
-    log(1 + its training events), which no text can forge, is added to the judgement. With 1 and a model that
-    ``instruct`` tuned pointwise this is Bayes' rule: its judgement is log p(item | user) - log p(item). ``blend`` is
-    the weight of the model's judgement against the scorer's own (each standardised within the list; 1: the model
-    alone).
+    among those with a history, in the mean over those who have not taken it (0: nothing is taken): what a text says of
+    itself, that it is the best or that the answer is yes, then counts for nothing. So does how often an item is taken
+    by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to the judgement. With 1
+    this is Bayes' rule for a model that ``instruct`` tuned pointwise, as its judgement is log p(item | user) -
+    log p(item), but for what strangers take away of it. ``blend`` is the weight of the model's judgement against the
+    scorer's own (each standardised within the list; 1: the model alone).
 
-    Whatever the texts say, the outcome is a permutation of the candidates. ``tokens`` and ``seconds`` add up what was
-    spent. Raises ``DataError`` for an unknown mode, and for a listwise ``n`` above 26, the letters there are.
+    Whatever the texts say, the outcome is a permutation of the candidates. What is too long for the model's context is
+    shortened, the oldest of a history first. ``folder`` keeps thoughts and judgements: what was cut off goes on, and
+    what several re-rankings ask is asked once. ``tokens`` and ``seconds`` add up what was spent, that is, what was kept
+    when it was made. ``thinker`` is another model that writes the thoughts. Raises ``DataError`` for an unknown mode,
+    and for a listwise ``n`` above 26, the letters there are.
     """
 
     scorer: Any
@@ -76,6 +78,7 @@ class Reranked:
     retriever: Retriever | None = None
     prompt: Prompt | str | Path | None = None
     folder: str | os.PathLike[str] | None = None
+    thinker: Generator | None = None
     seed: int = 0
     progress: bool = True
     label: str | None = None
@@ -129,9 +132,7 @@ class Reranked:
         new = np.array([u for u in users if int(u) not in self.judged], dtype=np.int64)
         if len(new):
             first = top(self._frozen, new, self.train.n_items, seen=self.train.csr, k=self.n, seed=self.seed)
-            began = time.perf_counter()
             values = self._judge(first)
-            self.seconds += time.perf_counter() - began
             for row, user in enumerate(new):
                 self.judged[int(user)] = first.items[row], first.real[row], values[row]
         shape = (len(users), min(self.n, self.train.n_items))
@@ -188,21 +189,35 @@ class Reranked:
                 row["reasoning"] = thought
         values = np.zeros(lists.items.shape)
         values[tuple(cells.T)] = self._leaning(rows)
-        known = np.flatnonzero(self.train.user_counts)
-        if self.strangers and len(known):
-            which, where = np.unique(items, return_inverse=True)
-            count = min(self.strangers, len(known))
-            drawn = np.sort(numbers(self.seed, "strangers").choice(known, count, replace=False))
-            theirs = [fields for fields in self._fields(drawn) for _ in which]
-            told = self._about(theirs, np.repeat(drawn, len(which)), np.tile(which, count))
-            values[tuple(cells.T)] -= self._leaning(told).reshape(count, -1).mean(axis=0)[where]
+        if self.strangers:
+            values[tuple(cells.T)] -= self._usual(lists.users[cells[:, 0]], items)
         return values
+
+    def _usual(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """What the model says of items (R,) to strangers to users (R,), in the mean: (R,). Those who took an item are
+        no strangers to it, as whoever it is judged for has not."""
+        known = np.flatnonzero(self.train.user_counts)
+        drawn = np.sort(
+            numbers(self.seed, "strangers").choice(known, min(self.strangers + 1, len(known)), replace=False)
+        )
+        which, where = np.unique(items, return_inverse=True)
+        told = self._about(
+            [fields for fields in self._fields(drawn) for _ in which],
+            np.repeat(drawn, len(which)),
+            np.tile(which, len(drawn)),
+        )
+        said = self._leaning(told).reshape(len(drawn), -1)[:, where]
+        strange = (self.train.csr[drawn][:, which].toarray() == 0)[:, where] & (drawn[:, None] != users)
+        strange &= strange.cumsum(axis=0) <= self.strangers
+        count = strange.sum(axis=0)
+        return np.where(count > 0, (said * strange).sum(axis=0) / np.maximum(count, 1), 0.0)
 
     def _about(self, fields: Sequence[Mapping[str, Any]], users: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
         """Rows of the prompt about users (R,) and items (R,), with what is counted for and against where it is."""
         if self.reasoning == "counted":
             overlap, whole = self._counting
-            said = [overlap.thoughts(whole[u], self.texts[i]) for u, i in zip(users, items, strict=True)]
+            thoughts = {int(u): overlap.of_history(whole[u]) for u in np.unique(users)}
+            said = [thoughts[int(u)](self.texts[i]) for u, i in zip(users, items, strict=True)]
         else:
             said = [""] * len(items)
         told = zip(fields, items, said, strict=True)
@@ -216,10 +231,16 @@ class Reranked:
 
     def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """log p(yes) - log p(no) of prompts."""
-        before = self.language.read
-        found = self.language.likelihoods(self._prompt, rows, (YES, NO), progress=self.progress)
+        before, began = self.language.read, self.language.seconds
+        found = self.language.likelihoods(self._prompt, rows, (YES, NO), **self._asking)
         self.tokens += self.language.read - before
+        self.seconds += self.language.seconds - began
         return (found[:, 0] - found[:, 1]).double().numpy()
+
+    @property
+    def _asking(self) -> dict[str, Any]:
+        """How the model is asked, whatever it is asked."""
+        return {"folder": self.folder, "shorten": True, "progress": self.progress}
 
     def _listwise(self, lists: Lists) -> np.ndarray:
         fields = self._fields(lists.users)
@@ -238,9 +259,10 @@ class Reranked:
             for f, items, order, thought in zip(fields, lists.items, shown, thoughts, strict=True):
                 listed = [{"label": LABELS[n], "item": self.texts[items[c]]} for n, c in enumerate(order)]
                 rows.append({**f, "candidates": listed, "reasoning": thought})
-            answers = self.language.permutations(
-                self._prompt, rows, [LABELS[: len(o)] for o in shown], progress=self.progress
-            )
+            began = self.language.seconds
+            labels = [LABELS[: len(o)] for o in shown]
+            answers = self.language.permutations(self._prompt, rows, labels, **self._asking)
+            self.seconds += self.language.seconds - began
             self.tokens += sum(a.tokens_in + a.tokens_out for a in answers)
             for b, (order, answer) in enumerate(zip(shown, answers, strict=True)):
                 for place, letter in enumerate(answer.value):
@@ -254,8 +276,11 @@ class Reranked:
 
     def _thoughts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the model writes for and against before it judges."""
-        found, spent = thoughts(self.language, rows, folder=self.folder, progress=self.progress)
+        thinker = self.thinker or self.language
+        began = thinker.seconds
+        found, spent = thoughts(thinker, rows, **self._asking)
         self.tokens += spent
+        self.seconds += thinker.seconds - began
         return found
 
 
@@ -263,7 +288,8 @@ def thoughts(generator: Generator, rows: Sequence[Mapping[str, Any]], **options:
     """What a language model writes for and against of each of some rows (history, candidate, evidence) before it
     judges, by the prompt ``preference_reasoning``, and the tokens that it took; ``options`` are of ``generate``."""
     asked = [{k: row[k] for k in ("history", "candidate", "evidence")} for row in rows]
-    answers = generator.generate(load_prompt("preference_reasoning"), asked, **{"max_tokens": 48} | options)
+    options = {"max_tokens": 48, "shorten": True} | options
+    answers = generator.generate(load_prompt("preference_reasoning"), asked, **options)
     return [argued(a.value) for a in answers], sum(a.tokens_in + a.tokens_out for a in answers)
 
 

@@ -60,6 +60,8 @@ class Retriever:
         self._users, self._items = (np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (users, items))
         self._told = np.array([bool(t) for t in texts])
         warm = train.item_counts > 0
+        if not (warm & self._told).any():
+            raise DataError("no item of training has a text: there is nothing to cite")
         self._of_users = Index(self._users, which=train.user_counts > 0)
         self._of_items = Index(self._items, which=warm & self._told)
 
@@ -140,12 +142,14 @@ def explain(
 ) -> list[Explanation | None]:
     """Why each item is recommended to each user, (user, item), by the prompt ``explanation``; every sentence cites.
 
-    The answer is held to labels of the pair's own evidence while it is written, and ``cited`` refuses any other. None
-    where there is no evidence: nothing is said then.
+    The answer is held to labels of the pair's own evidence while it is written, and ``cited`` refuses any other. That
+    a sentence cites what there is does not make it true: read it beside its evidence. None where there is no evidence:
+    nothing is said then. ``options`` are ``Generator.generate``'s; what is too long is shortened.
     """
     prompt = load_prompt("explanation")
     found: list[Explanation | None] = [None] * len(pairs)
     evidence = [retriever.between(u, i, k=k) for u, i in pairs]
+    asked = {"max_tokens": max_tokens, "shorten": True} | options
     for size in sorted({len(e) for e in evidence} - {0}):  # a prompt a number of labels
         which = [n for n, e in enumerate(evidence) if len(e) == size]
         rows = [
@@ -156,7 +160,7 @@ def explain(
             for n in which
         ]
         held = limited(prompt, [e.label for e in evidence[which[0]]])
-        for n, one in zip(which, generator.generate(held, rows, max_tokens=max_tokens, **options), strict=True):
+        for n, one in zip(which, generator.generate(held, rows, **asked), strict=True):
             found[n] = cited(one.value, pairs[n], evidence[n])
     return found
 

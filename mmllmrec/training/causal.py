@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.sampling import packed, sharing
-from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, reset_peak_memory, write_json
+from mmllmrec.features.towers import logits_at, sees_all
+from mmllmrec.runcard import RunCard, content_hash, hash_of, peak_memory_mb, reset_peak_memory, write_json
 from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
 from mmllmrec.training.fit import DivergedError, Run, factor
@@ -47,11 +49,10 @@ class _Answering(nn.Module):
             mask = torch.zeros(mask.shape, dtype=base.dtype, device=ids.device).masked_fill_(
                 ~mask, torch.finfo(base.dtype).min
             )
-        states = base.get_decoder()(input_ids=ids, position_ids=places, attention_mask=mask).last_hidden_state
-        # the head is the widest layer: it sees only the states that an answer's tokens are told from
-        here = answers[:, 1:]
-        logits = base.get_output_embeddings()(states[:, :-1][here])
-        return F.cross_entropy(logits.float(), ids[:, 1:][here], reduction="sum")
+        before = F.pad(answers[:, 1:], (0, 1))  # the places that an answer's tokens are told from
+        inputs = {"input_ids": ids, "position_ids": places, "attention_mask": mask, "use_cache": False}
+        logits = logits_at(base, before, **inputs).logits
+        return F.cross_entropy(logits.float(), ids[:, 1:][answers[:, 1:]], reduction="sum")
 
 
 def fit_causal(
@@ -98,10 +99,10 @@ def fit_causal(
     settings: dict[str, Any] = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "weight_decay": weight_decay}
     settings |= {"warmup": warmup, "clip": clip, "patience": patience, "rows": len(rows), "valid": len(valid)}
     same = {**settings, "seed": seed, "data": content_hash([[list(p), list(a)] for p, a in (*rows, *valid)])}
-    frozen = [
-        x for n, p in model.named_parameters() if not p.requires_grad for x in (n, p.detach().float().cpu().numpy())
-    ]
-    same["model"] = content_hash({n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}, *frozen)
+    shapes = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    kept = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+    frozen = (x for n, p in kept for x in (n, p.detach().float().cpu().numpy()))
+    same["model"] = hash_of(chain([shapes], frozen))
     seed_everything(seed)
     place = None if folder is None else Path(folder)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -219,7 +220,7 @@ def _groups(model: Any, rows: Sequence[Row], tokens: int) -> list[Group]:
     """Rows with what they begin with alike, in groups of at most ``tokens`` tokens; each alone where a model's
     attention cannot be told which of them a token sees."""
     whole = [[*prompt, *answer] for prompt, answer in rows]
-    if getattr(model.config, "_attn_implementation", None) not in MASKED:
+    if getattr(model.config, "_attn_implementation", None) not in MASKED or not sees_all(model):
         return [(0, [n]) for n in range(len(rows))]
     # a prompt's last token is each row's own: what follows it is learned
     ends = [len(answer) + 1 for _, answer in rows]
