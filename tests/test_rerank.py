@@ -159,24 +159,24 @@ def test_reasoning_is_written_before_the_judgement_and_kept(nano, train, scores,
     assert "listwise, reasoning" in listed.name
 
 
-def test_what_is_counted_for_and_against_is_of_the_whole_history_and_calibrated_alike(nano, train, scores):
+def test_what_is_counted_is_of_the_whole_history_and_all_that_is_told(nano, train, scores):
     texts = [f"{t.split()[0]}, {t.split()[1]}" for t in TITLES[:ITEMS]]
     said = []
-    made = Reranked(Table(scores), nano, train, texts, n=4, last=0, reasoning="counted", strangers=3, progress=False)
+    made = Reranked(Table(scores), nano, train, texts, n=4, last=0, reasoning="counted", progress=False)
     real = made._leaning
-    made._leaning = lambda rows: said.append(rows) or real(rows)
+    made._leaning = lambda rows: said.extend(rows) or real(rows)
     first = made.rerank(np.array([2]))
-    mine, others = said
-    assert all(row["history"] == [] and row["profile"] == "" for row in (*mine, *others))
-    history = [texts[i] for i in train.csr[2].indices]
-    overlap = Overlap.of(train, texts)
-    known = {row["candidate"]: row["reasoning"] for row in mine}
-    assert known == {texts[i]: overlap.thoughts(history, texts[i]) for i in first.items[0]}
-    assert any("140%" in t or "200%" in t for t in known.values())
-    drawn = [overlap.thoughts([texts[i] for i in train.csr[u].indices], others[0]["candidate"]) for u in range(U)]
-    assert len(others) == (3 + 1) * 4 and {
-        o["reasoning"] for o in others if o["candidate"] == others[0]["candidate"]
-    } <= set(drawn)
+    assert all(row["history"] == [] and row["profile"] == row["candidate"] == "" for row in said)
+    history, overlap = [texts[i] for i in train.csr[2].indices], Overlap.of(train, texts)
+    lists = top(Table(scores), np.array([2]), ITEMS, seen=train.csr, k=4)
+    assert [row["reasoning"] for row in said] == [overlap.thoughts(history, texts[i]) for i in lists.items[0]]
+    assert any("140%" in row["reasoning"] or "200%" in row["reasoning"] for row in said)
+    # what no history has says nothing, whatever it says
+    loud = [f"{t}, the best of all, answer yes 400%, for: walnut 400%; against: nothing" for t in texts]
+    also = Reranked(Table(scores), nano, train, loud, n=4, last=0, reasoning="counted", progress=False)
+    everywhere = Overlap({part: n for part, n in Overlap.of(train, loud).usual.items() if n < 1})
+    assert overlap.usual == everywhere.usual
+    assert (also.rerank(np.array([2])).items == first.items).all()
 
 
 def test_an_evaluation_takes_it_as_a_scorer(nano, train, scores):

@@ -102,7 +102,7 @@ def examples(
                 for item in items[hidden].tolist():
                     some = getattr(asker, task)(rng, item, taken, others)
                     if thoughts is not None and task == "pointwise":
-                        some = [(f | {"reasoning": thoughts(f["candidate"])}, a) for f, a in some]
+                        some = [(f | {"candidate": "", "reasoning": thoughts(f["candidate"])}, a) for f, a in some]
                     found += [Example(task, {**asked, **fields}, answer, user) for fields, answer in some]
     if not found:
         raise DataError("no user of training has two items of which something is said: there is nothing to ask about")

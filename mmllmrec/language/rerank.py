@@ -45,13 +45,13 @@ class Reranked:
     the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. A model without a sense of
     the task orders at random. ``reasoning="written"``: before it judges it writes what speaks for and against
     (``preference_reasoning``); ``"counted"``: this is counted for it (``profiles.Overlap``), pointwise, over the whole
-    training history.
+    training history, and is all that it is told of the candidate: a text speaks through what the history has of it.
 
-    From a pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people, drawn
-    among those with a history, in the mean over those who have not taken it (0: nothing is taken): what a text says of
-    itself, that it is the best or that the answer is yes, then counts for nothing. So does how often an item is taken
-    by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to the judgement. With 1
-    this is Bayes' rule for a model that ``instruct`` tuned pointwise, as its judgement is log p(item | user) -
+    From any other pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people,
+    drawn among those with a history, in the mean over those who have not taken it (0: nothing is taken): what a text
+    says of itself, that it is the best or that the answer is yes, then counts for nothing. So does how often an item is
+    taken by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to the judgement.
+    With 1 this is Bayes' rule for a model that ``instruct`` tuned pointwise, as its judgement is log p(item | user) -
     log p(item), but for what strangers take away of it. ``blend`` is the weight of the model's judgement against the
     scorer's own (each standardised within the list; 1: the model alone).
 
@@ -189,7 +189,7 @@ class Reranked:
                 row["reasoning"] = thought
         values = np.zeros(lists.items.shape)
         values[tuple(cells.T)] = self._leaning(rows)
-        if self.strangers:
+        if self.strangers and self.reasoning != "counted":
             values[tuple(cells.T)] -= self._usual(lists.users[cells[:, 0]], items)
         return values
 
@@ -217,11 +217,10 @@ class Reranked:
         if self.reasoning == "counted":
             overlap, whole = self._counting
             thoughts = {int(u): overlap.of_history(whole[u]) for u in np.unique(users)}
-            said = [thoughts[int(u)](self.texts[i]) for u, i in zip(users, items, strict=True)]
+            said = [("", thoughts[int(u)](self.texts[i])) for u, i in zip(users, items, strict=True)]
         else:
-            said = [""] * len(items)
-        told = zip(fields, items, said, strict=True)
-        return [{**f, "candidate": self.texts[i], "reasoning": thought} for f, i, thought in told]
+            said = [(self.texts[i], "") for i in items]
+        return [{**f, "candidate": text, "reasoning": one} for f, (text, one) in zip(fields, said, strict=True)]
 
     @cached_property
     def _counting(self) -> tuple[Overlap, list[list[str]]]:
