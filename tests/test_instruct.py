@@ -261,7 +261,7 @@ def test_a_tuned_model_learns_which_reasons_count():
         made = Reranked(Table(scores), model, train, texts, n=60, reasoning="counted", last=0, progress=False)
         return float((made.rerank(np.arange(U)).items[:, :8] // per == np.arange(U)[:, None] % 4).mean())
 
-    assert right(tuned) > 0.95 > right(writer) + 0.1
+    assert right(tuned) > max(0.9, right(writer) + 0.3)
 
 
 @pytest.mark.slow
