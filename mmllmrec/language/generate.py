@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -188,8 +188,7 @@ class Generator:
         grammar = None if prompt.output is None else _Grammar(self, prompt.output)
         left = {key: ids for key, ids in zip(keys, asked, strict=True) if key not in kept.found}
         names, distinct = list(left), list(left.values())
-        bar = tqdm(total=len(set(keys)), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="answer")
-        bar.update(len(set(keys)) - len(left))
+        bar = self._bar(prompt, keys, left, unit="answer", progress=progress)
         written = 0
         for group in _grouped(distinct, [1] * len(distinct), batch_tokens, more=max_tokens, share=self._shares):
             some = [names[n] for _, part in group for n in part]
@@ -204,7 +203,7 @@ class Generator:
             if bar.format_dict["elapsed"] > 0:
                 bar.set_postfix_str(f"{written / bar.format_dict['elapsed']:.0f} tokens/s")
         bar.close()
-        self.seconds += sum(kept.found[key]["seconds"] for key in set(keys))
+        self.seconds += kept.seconds(keys)
         return [self._told(prompt, kept.found[key]) for key in keys]
 
     def likelihoods(
@@ -237,8 +236,7 @@ class Generator:
         counts = [len(end) for _ in distinct for end in ends]
         part: dict[str, list[float]] = {key: [0.0] * len(said) for key in names}
         due = dict.fromkeys(names, len(ends))
-        bar = tqdm(total=len(set(keys)), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="row")
-        bar.update(len(set(keys)) - len(left))
+        bar = self._bar(prompt, keys, left, unit="row", progress=progress)
         for group in _grouped(whole, counts, batch_tokens, share=self._shares):
             began, done = time.perf_counter(), []
             with still(self.model):
@@ -256,7 +254,7 @@ class Generator:
             kept.add({key: {"values": part[key], "seconds": share} for key in done})
             bar.update(len(done))
         bar.close()
-        self.seconds += sum(kept.found[key]["seconds"] for key in set(keys))
+        self.seconds += kept.seconds(keys)
         return torch.tensor([kept.found[key]["values"] for key in keys]).reshape(len(keys), len(said))
 
     def permutations(
@@ -292,8 +290,7 @@ class Generator:
         keys = [content_hash(self.hash, ids, list(some)) for ids, some in zip(asked, labels, strict=True)]
         kept = _Kept(folder, content_hash(self.hash, prompt.hash, "permutations"), ANSWER)
         left = {key: n for n, key in enumerate(keys) if key not in kept.found}
-        bar = tqdm(total=len(set(keys)), desc=f"{self.name}, {prompt.id}", disable=not progress, unit="list")
-        bar.update(len(set(keys)) - len(left))
+        bar = self._bar(prompt, keys, left, unit="list", progress=progress)
         for group in _batches({n: len(asked[n]) + more[n] for n in left.values()}, batch_tokens):
             began = time.perf_counter()
             with still(self.model):
@@ -304,7 +301,7 @@ class Generator:
             kept.add({keys[n]: {"text": json.dumps(order), **one} for n, order, one in answers})
             bar.update(len(group))
         bar.close()
-        self.seconds += sum(kept.found[key]["seconds"] for key in set(keys))
+        self.seconds += kept.seconds(keys)
         found = []
         for key in keys:
             answer = dict(kept.found[key])
@@ -366,6 +363,14 @@ class Generator:
             self.read += len(ids)
         self.seconds += time.perf_counter() - began
         return asked
+
+    def _bar(self, prompt: Prompt, keys: Sequence[str], left: Collection[str], *, unit: str, progress: bool) -> Any:
+        """A progress bar over distinct rows, of which those that are not ``left`` are done."""
+        asked = len(set(keys))
+        named = f"{self.name}, {prompt.id}"
+        bar = tqdm(total=asked, desc=named, disable=not progress, unit=unit)
+        bar.update(asked - len(left))
+        return bar
 
     @cached_property
     def _shares(self) -> bool:
@@ -592,6 +597,10 @@ class _Kept:
                 self.found[one.pop("key")] = {k: one[k] for k in fields}
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise DataError(f"{self.path}, line {number}: no answer; remove that line, or the file") from None
+
+    def seconds(self, keys: Sequence[str]) -> float:
+        """What distinct answers took when they were made."""
+        return float(sum(self.found[key]["seconds"] for key in set(keys)))
 
     def add(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep the answers that are new, on disk before anything else is done."""
