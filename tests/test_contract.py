@@ -336,3 +336,44 @@ def test_another_class_and_other_items_are_refused(model, train, catalog, tmp_pa
     if model.modalities:
         with pytest.raises(DataError, match="catalog="):
             Recommender.from_pretrained(folder)
+
+
+def bare(catalog: Catalog, *modalities: str) -> Catalog:
+    for modality in modalities:
+        catalog = catalog.without(modality)
+    return catalog
+
+
+def test_a_catalogue_that_lacks_a_modality_is_scored(model, train, catalog):
+    if not model.modalities:
+        return
+    trained(model, train)
+    for gone in (["image"], ["text"], ["image", "text"]):
+        assert torch.isfinite(model.with_catalog(bare(catalog, *gone)).score(USERS)).all()
+
+
+def test_a_new_item_that_shows_nothing_is_a_zero_vector(model, train, catalog):
+    """A learned constant would be a score that it has from no one."""
+    if not model.modalities or isinstance(model, models.TwoStage):  # that one learns what absent content means
+        return
+    items = trained(model, train).with_catalog(bare(catalog, "image", "text")).embed()[1]
+    assert (items[N - 1] == 0).all()
+
+
+def test_what_is_read_moves_with_the_catalogue(model, train, catalog):
+    if not model.modalities or not model.supports_cold_items:
+        return
+    trained(model, train)
+    before = model.score(USERS)
+    other = model.with_catalog(catalog.shuffled("text", seed=1).shuffled("image", seed=1))
+    after = other.score(USERS)
+    assert ((after - before).abs().mean() / before.abs().mean() > 1e-3) and torch.equal(model.score(USERS), before)
+
+
+def test_half_precision_trains(model, train):
+    if model.trainable:
+        model.begin_epoch(np.random.default_rng(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = sum(model.loss(a_batch(model, train)).values())
+        total.backward()
+        assert torch.isfinite(total)

@@ -201,7 +201,7 @@ def test_lattice_learned_graph_is_its_dense_formula(train, features):
     torch.manual_seed(0)
     model = models.LATTICE(train, features=features, dim=D, neighbours=3, keep=0.3)
     x = torch.randn(N, D, requires_grad=True)
-    outs = model.learned(model, x)
+    outs = model.learned(model, [x] * len(model.modalities))
     for c, (m, layer) in enumerate(zip(model.modalities, model.learned.maps, strict=True)):
         here = torch.from_numpy(features.presence[:, c].copy())
         told = F.normalize(layer(model.rows(m)), dim=1)
@@ -239,7 +239,8 @@ def test_mmgcn_layer_is_its_formula(train, features):
         layer = stack[0]
         h = F.leaky_relu(a @ (x @ layer.neighbour.weight.T))
         own = F.leaky_relu(layer.own(x)) + ids
-        total = total + F.leaky_relu(layer.join(torch.cat([h, own], 1)))
+        here = torch.cat([model.known, model.present(m) | model.warm])[:, None]
+        total = total + F.leaky_relu(layer.join(torch.cat([h, own], 1))) * here
     encoded = model.encode()
     torch.testing.assert_close(torch.cat([encoded.users, encoded.items]), total, atol=1e-5, rtol=1e-4)
     frozen = models.MMGCN(train, features=features, dim=D, layers=1, train_ids=False)
@@ -350,9 +351,11 @@ def test_diffusion_weights_are_the_loss_of_signal_to_noise():
 def test_diffmm_writes_a_graph_an_epoch(train, features):
     torch.manual_seed(0)
     model = models.DiffMM(train, features=features, dim=D, hidden=7, top=2)
-    assert (model.written0 == -1).all()
     model.begin_epoch(np.random.default_rng(0))
-    assert (model.written0 >= 0).all() and model.written[0].sparse().nnz > 2 * (U - 1) * 2
+    assert (model.written0 == -1).all()  # the denoisers have learnt nothing yet
+    model.begin_epoch(np.random.default_rng(0))
+    assert (model.written0 >= 0).all() and model.links[0].sparse().nnz > 2 * (U - 1) * 2
+    assert model.warm[model.written0].all()  # no row of events says anything of an item without one
     kept = model.written0.clone()
     for p in model.denoisers.parameters():
         torch.nn.init.normal_(p)
@@ -377,21 +380,30 @@ def test_damrs_keeps_links_that_all_modalities_agree_on():
 
 
 def test_llmrec_prunes_the_largest_losses_and_reads_what_was_written(train, features):
-    torch.manual_seed(0)
     pairs = np.full((U, 2), -1)
     pairs[0] = (1, 4)
-    model = models.LLMRec(train, features=features, pairs=pairs, dim=D, pruned=0.5)
     batch = batch_of(train)
-    users, items = torch.randn(U, D), torch.randn(N, D)
-    gaps = [
-        float(F.softplus(users[u] @ (items[j] - items[i])))
-        for u, i, j in zip(batch.users, batch.items, batch.negatives[:, 0], strict=True)
-    ]
-    ours = model.ranked(batch, lambda u, *i: (users[u], *(items[k] for k in i)))
-    assert float(ours) == pytest.approx(np.mean(sorted(gaps)[: int(len(gaps) * 0.5)]), rel=1e-5)
-    assert {"pairs", "mask"} <= set(model.loss(batch))
+    rows = [*zip(batch.users.tolist(), batch.items.tolist(), batch.negatives[:, 0].tolist(), strict=True)]
+
+    def bpr(**options: object) -> tuple[float, list[float]]:
+        torch.manual_seed(0)
+        model = models.LLMRec(train, features=features, dim=D, mask_weight=0.0, **options)
+        encoded = model.encode()
+        written = [(0, 1, 4) for user, _, _ in rows if user == 0] if "pairs" in options else []
+        gaps = [
+            float(F.softplus(encoded.users[u] @ (encoded.items[j] - encoded.items[i])).detach())
+            for u, i, j in [*rows, *written]
+        ]
+        return float(model.loss(batch)["bpr"].detach()), gaps
+
+    ours, gaps = bpr(pruned=0.5)
+    assert ours == pytest.approx(np.mean(sorted(gaps)[: len(gaps) // 2]), rel=1e-5)
+    ours, gaps = bpr(pruned=0.0, pairs=pairs, pair_share=1.0)  # what was written is as good as what was seen
+    assert len(gaps) > len(rows) and ours == pytest.approx(np.mean(gaps), rel=1e-5)
     with pytest.raises(DataError, match="a row a user"):
         models.LLMRec(train, features=features, profiles=np.zeros((3, 2)))
+    with pytest.raises(DataError, match="pairs are terms of BPR"):
+        models.LLMRec(train, features=features, pairs=pairs, loss="softmax")
 
 
 def test_the_critic_of_mmssl_and_the_model_move_apart(train, features):
@@ -407,7 +419,7 @@ def test_the_critic_of_mmssl_and_the_model_move_apart(train, features):
 
 
 def test_ials_folds_a_user_in_exactly_and_edlae_is_its_formula(train):
-    model = models.IALS(train, dim=4, reg=0.3, alpha=3.0, iterations=60)
+    model = models.IALS(train, dim=4, reg=0.3, alpha=3.0, iterations=600)
     users, items = model.factors
     y = items.astype(np.float64)
     x = model.folded(train.csr, np.arange(U))
@@ -417,7 +429,7 @@ def test_ials_folds_a_user_in_exactly_and_edlae_is_its_formula(train):
         c[p] += 3.0
         exact = np.linalg.solve(y.T @ (c[:, None] * y) + 0.3 * np.eye(4), y.T @ (c * p))
         np.testing.assert_allclose(x[user], exact, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(users[user], exact, atol=0.06)  # the library steps towards it
+        np.testing.assert_allclose(users[user], exact, atol=1e-3)  # the library steps towards it
     g = train.csr.toarray().astype(np.float64)
     g = g.T @ g
     inverse = np.linalg.inv(g + 0.25 / 0.75 * np.diag(np.diag(g)) + 2.0 * np.eye(N))

@@ -25,9 +25,9 @@ class Moments:
 
     @classmethod
     def of(cls, items: Tensor) -> Self:
-        """Of items (I, D)."""
+        """Of items (I, D); zero where there are none."""
         items = items.float()
-        mean = items.mean(dim=0)
+        mean = items.mean(dim=0) if len(items) else items.new_zeros(items.shape[1])
         centred = items - mean
         return cls(mean, centred.T @ centred / max(len(items), 1))
 

@@ -18,21 +18,33 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.losses.supervised import _wide, matched_softmax
 
 
-def info_nce(a: Tensor, b: Tensor, *, temperature: float | Tensor = 0.1, both_ways: bool = True) -> Tensor:
+def info_nce(
+    a: Tensor, b: Tensor, *, temperature: float | Tensor = 0.1, both_ways: bool = True, within: bool = False
+) -> Tensor:
     """InfoNCE: row n of ``a`` belongs to row n of ``b``, all other rows of ``b`` are negatives.
 
     L(a, b) = mean over n of -log softmax_m(cos(a_n, b_m) / temperature)[n], van den Oord et al. 2018, eq. 4; with
     ``both_ways`` (L(a, b) + L(b, a)) / 2 as Radford et al. 2021, section 2.3; (N, D), (N, D) -> (). Rows are
     L2-normalised here. Rows that show the same thing twice are each other's negatives: de-duplicate before. Equal
-    cosines give log N. Softmax in float32.
+    cosines give log N. ``within``: a view's other rows are negatives too, as in Zhu et al. 2020 (GRACE), eq. 1: log of
+    2N - 1 for equal cosines. Softmax in float32.
     """
     _alike("info_nce", a, b)
-    first, second = F.normalize(_wide(a), dim=-1) / temperature, F.normalize(_wide(b), dim=-1)
+    first, second = F.normalize(_wide(a), dim=-1), F.normalize(_wide(b), dim=-1)
     own = torch.arange(len(a), device=a.device)
-    if not both_ways:
-        return matched_softmax(first, second, own)
-    logits = first @ second.T
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    if not both_ways and not within:
+        return matched_softmax(first / temperature, second, own)
+    across = first / temperature @ second.T
+    views = [(across, first), (across.T, second)][: 1 + both_ways]
+    if within:
+        views = [(torch.cat([logits, _others(rows, temperature)], dim=1), rows) for logits, rows in views]
+    return torch.stack([F.cross_entropy(logits, own) for logits, _ in views]).mean()
+
+
+def _others(rows: Tensor, temperature: float | Tensor) -> Tensor:
+    """Scores of unit rows among themselves, but for their own: (N, D) -> (N, N)."""
+    own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return (rows @ rows.T / temperature).masked_fill(own, float("-inf"))
 
 
 def bootstrap(online: Tensor, target: Tensor) -> Tensor:
@@ -45,7 +57,7 @@ def bootstrap(online: Tensor, target: Tensor) -> Tensor:
     0.5
     """
     _alike("bootstrap", online, target)
-    return (1 - F.cosine_similarity(_wide(online), _wide(target.detach()), dim=-1)).mean()
+    return reconstruction(online, target)
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:
@@ -77,10 +89,14 @@ def reconstruction(decoded: Tensor, original: Tensor, *, power: float = 1.0) -> 
     """What was masked, decoded again: the scaled cosine error of masked rows.
 
     mean over n of (1 - cos(decoded_n, stop_gradient(original_n)))^power, Hou et al. 2022 (GraphMAE), eq. 2;
-    (N, D), (N, D) -> (). ``power`` above 1 lets easy rows weigh less. The original is data: it gets no gradient.
+    (N, D), (N, D) -> (). ``power`` above 1 lets easy rows weigh less. The original is data: it gets no gradient. Raises
+    ``DataError`` for a ``power`` below 1, whose gradient has no bound.
     """
     _alike("reconstruction", decoded, original)
-    return (1 - F.cosine_similarity(_wide(decoded), _wide(original.detach()), dim=-1)).pow(power).mean()
+    if power < 1:
+        raise DataError(f"reconstruction: power={power}; give 1 or more")
+    apart = 1 - F.cosine_similarity(_wide(decoded), _wide(original.detach()), dim=-1)
+    return (apart if power == 1 else apart.clamp(min=0).pow(power)).mean()  # rounding makes a cosine a bit over 1
 
 
 def _alike(name: str, a: Tensor, b: Tensor) -> None:

@@ -156,7 +156,7 @@ def matched_softmax(queries: Tensor, candidates: Tensor, target: Tensor) -> Tens
 def l2(*embeddings: Tensor) -> Tensor:
     """Squared L2 penalty of a batch: 1 / (2B) times the sum of the squared norms of its rows.
 
-    The regulariser of BPR (Rendle et al. 2009, eq. 4) and LightGCN (He et al. 2020, eq. 15) on the embeddings a batch
+    The regulariser of BPR (Rendle et al. 2009) and LightGCN (He et al. 2020, eq. 15) on the embeddings a batch
     touches; each (B, ..., D) -> (). B is the first size of the first one. Being a mean over the batch it does not
     depend on how the batch is divided among processes. A row that a batch has twice counts twice.
 
@@ -164,6 +164,15 @@ def l2(*embeddings: Tensor) -> Tensor:
     6.25
     """
     return torch.stack([_wide(e).square().sum() for e in embeddings]).sum() / (2 * max(len(embeddings[0]), 1))
+
+
+def mean_squares(*embeddings: Tensor) -> Tensor:
+    """The mean of the squared entries of each, added up: each of any shape -> (). The penalty of the MMGCN family.
+
+    >>> mean_squares(torch.tensor([1.0, 3.0]), torch.tensor([[2.0]])).item()
+    9.0
+    """
+    return torch.stack([_wide(e).square().mean() for e in embeddings]).sum()
 
 
 class _Norm(torch.autograd.Function):

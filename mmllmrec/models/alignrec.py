@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +30,11 @@ class AlignRec(MultimodalModel):
     Liu et al. 2024 (arXiv 2403.12384). M_i = S (Q * sigmoid(G (W x + b) + g)), S the graph of alike items, M_u = R M_i;
     C = LightGCN's encoder; vectors C + M. BPR, ``reg`` times ``losses.l2`` of the batch's final vectors;
     ``contrast_weight`` times the InfoNCE of M against C (content-category alignment); ``similarity_weight`` times ||M_B
-    M_B^T - K||_F / B with K the cosines of the batch's raw features; ``user_item_weight`` times the distance of the
-    batch's users and items on the unit sphere (user-item alignment). Departures: x is all modalities side by side, each
-    of unit length, where the paper has the output of a multimodal encoder that it pretrains and the published code one
-    feature file; features are frozen (published: trained); items are de-duplicated.
+    M_B^T - K||_F / B with K the cosines of the batch's raw features, the mean over the modalities that both have, as in
+    S; ``user_item_weight`` times the distance of the batch's users and items on the unit sphere (user-item alignment).
+    Departures: x is all modalities side by side, each of unit length, where the paper has the output of a multimodal
+    encoder that it pretrains and the published code one feature file; features are frozen (published: trained); items
+    are de-duplicated.
     """
 
     penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
@@ -67,9 +67,8 @@ class AlignRec(MultimodalModel):
         super()._use(features)
         content = torch.cat([unit(self.rows(m)) for m in self.modalities], dim=1)
         self.register_buffer("content", content, persistent=False)
-        some = np.asarray(features.presence.any(axis=1))
-        graph = item_graph(content.numpy(), some, k=int(self.config["neighbours"]), weighted=True)
-        self.alike = Propagation(graph)
+        k = int(self.config["neighbours"])
+        self.alike = Propagation(item_graph(content.numpy(), features.presence, k=k, weighted=True))
 
     def encode(self) -> Encoded:
         ids = self.ids()
@@ -84,8 +83,10 @@ class AlignRec(MultimodalModel):
         terms = side_contrast(self, batch, encoded)
         if self.similarity_weight:
             items = batch.items.unique()
-            rows, content = encoded.parts["side"][items + self.n_users], unit(self.content[items])
-            terms["similarity"] = self.similarity_weight * (rows @ rows.T - content @ content.T).norm() / len(items)
+            rows, content = encoded.parts["side"][items + self.n_users], self.content[items]
+            here = self.all_present()[items].float()
+            alike = content @ content.T / (here @ here.T).clamp(min=1)
+            terms["similarity"] = self.similarity_weight * (rows @ rows.T - alike).norm() / len(items)
         if self.user_item_weight:
             apart = alignment(encoded.users[batch.users], encoded.items[batch.items]) / 2
             terms["user-item"] = self.user_item_weight * apart

@@ -14,11 +14,11 @@ from mmllmrec.models.vectors import VectorModel, rows_of, rows_of_each
 class BPR(VectorModel):
     """Matrix factorisation with the BPR loss: score(u, i) = p_u . q_i.
 
-    Rendle et al. 2009, section 5.1.1. ``dim`` is D; ``reg`` weighs the norms of the batch's embeddings
-    (``losses.embedding_norm``, as the RecBole and MMRec family does, Xavier-normal start). With ``loss="softmax"`` it
-    is matrix factorisation under the main loss (``VectorModel``). Departures: Adam and batches where the paper draws
-    single triples with SGD; no biases; the penalty is the family's unsquared norm, where eq. 4 squares. With BPR, a
-    user or an item without a training event keeps its random start: finite, and meaningless.
+    Rendle et al. 2009, BPR-Opt with matrix factorisation. ``dim`` is D; ``reg`` weighs the norms of the batch's
+    embeddings (``losses.embedding_norm``, as the RecBole and MMRec family does, Xavier-normal start). With
+    ``loss="softmax"`` it is matrix factorisation under the main loss (``VectorModel``). Departures: Adam and batches
+    where the paper draws single triples with SGD; no biases; the penalty is the family's unsquared norm, where the
+    paper squares. With BPR, a user or an item without a training event keeps its random start: finite, and meaningless.
     """
 
     def __init__(self, train: Interactions, *, dim: int = 64, reg: float = 1e-2, loss: str = "bpr"):

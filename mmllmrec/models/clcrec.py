@@ -32,10 +32,11 @@ class CLCRec(ContentModel):
     3. v_i = f_i with probability ``replace``, z_i otherwise, so that users learn to meet content.
 
     A warm item is scored by z_i, one without a training event by f_i. ``features`` or ``catalog``, ``feature_dim``: see
-    ``ContentModel``. An item without any content is no anchor of L_RE. Raises ``DataError`` for a ``weight`` or a
-    ``replace`` outside 0..1, and for another loss. Departures: contrasts are among the batch's items, logQ-corrected
-    and with known positives masked, where the paper draws a number of negatives; L_UI's temperature is learned, cosines
-    in both terms; weight decay (``fit_defaults``) in place of the norm penalty; biases as in ``content.tower``.
+    ``ContentModel``. An item without any content has no part in L_RE, and is never replaced. Raises ``DataError`` for a
+    ``weight`` or a ``replace`` outside 0..1, and for another loss. Departures: contrasts are among the batch's items,
+    logQ-corrected and with known positives masked, where the paper draws a number of negatives; L_UI's temperature is
+    learned, L_RE's given, cosines in both; features as they come (published: each modality's at unit length, 256 hidden
+    units); weight decay (``fit_defaults``) in place of the norm penalty; biases as in ``content.tower``.
     """
 
     losses: ClassVar[tuple[str, ...]] = ("softmax",)
@@ -86,14 +87,14 @@ class CLCRec(ContentModel):
         assert self.log_scale is not None
         found = in_batch(self.train_data, batch, same=self.same)
         z, f = unit(self.items(found.items)), self._represent(found.items)
-        replaced = torch.rand(len(z), 1, device=z.device) < self.replace
+        some = (self.described[found.items] != 0).any(dim=-1)
+        replaced = (torch.rand(len(z), 1, device=z.device) < self.replace) & some[:, None]
         p, v = unit(self.users(batch.users)), torch.where(replaced, f, z)
         terms = {"softmax": (1 - self.weight) * cosine_softmax(p, v, found, log_scale=self.log_scale)}
         own = torch.arange(len(z), device=z.device)
         alike = self.same.to(z.device)[found.items] if self.same is not None else own
-        some = (self.described[found.items] != 0).any(dim=-1)
         value = losses.sampled_softmax(
-            z[some], f, own[some], mask=(alike[:, None] == alike)[some], temperature=self.temperature
+            z[some], f, own[some], mask=((alike[:, None] == alike) | ~some)[some], temperature=self.temperature
         )
         terms["content"] = self.weight * (value if bool(some.any()) else f.sum())  # no anchor: f is all zero
         return terms

@@ -28,7 +28,8 @@ class DAMRS(MultimodalModel):
 
     Xv et al. 2024 (arXiv 2406.12501). A link of two items stays if their cosine is at least the mean cosine in *every*
     modality that both have; each modality's graph keeps an item's ``neighbours`` nearest of those, and a further one
-    its ``neighbours`` that most users took with it (at least two). h_v = S_v Q, H their mean, items LightGCN(i) + H_i.
+    its ``neighbours`` that most users took with it (at least two). h_v = S_v Q, H their mean over the views that an
+    item has, as all means over views are here, items LightGCN(i) + H_i.
     BPR's positive pair weighs mean over views of sigmoid(p_u . h_vi / |h_vi|) times exp(-2 variance), and one that
     content speaks against (below the batch's negatives) is partly turned round; ``preference_weight`` times the
     symmetric KL of sigmoid(p_u . g_i / |g_i|) and sigmoid(p_u . H_i / |H_i|) over the batch; ``relation_weight`` times
@@ -61,15 +62,19 @@ class DAMRS(MultimodalModel):
         k = int(self.config["neighbours"])
         tables = [features.tables[m] for m in features.modalities]
         agreed = agreeing(tables, features.presence, k=k)
-        self.views = torch.nn.ModuleList(
-            Propagation(symmetric_degrees(graph)) for graph in (*agreed, co_consumed(self.train_data, k=k))
-        )
+        graphs = [*agreed, co_consumed(self.train_data, k=k)]
+        self.views = torch.nn.ModuleList(Propagation(symmetric_degrees(graph)) for graph in graphs)
+        has = np.stack([np.diff(graph.indptr) > 0 for graph in graphs])
+        has[-1] &= self.train_data.item_counts > 0
+        self.register_buffer("has", torch.from_numpy(has), persistent=False)
+
+    has: Tensor  # (V, I) which items have a view
 
     def encode(self) -> Encoded:
         users, items = self.ids()
         views = torch.stack([view(items) for view in self.views])
         out_users, out_items = self.graph(users, items)
-        content = views.mean(dim=0)
+        content = masked_mean(views, self.has[..., None])
         parts = {"views": views, "content": content, "feedback": out_items}
         return Encoded(out_users, out_items + content, parts)
 
@@ -90,10 +95,14 @@ class DAMRS(MultimodalModel):
         """How far a pair counts as it is and turned round: (B,), (B,)."""
         users, views = encoded.users[batch.users], unit(encoded.parts["views"])
         of_positive = torch.sigmoid((views[:, batch.items] * users).sum(-1))  # (V, B)
-        of_negative = torch.sigmoid((views[:, batch.negatives] * users[:, None]).sum(-1)).mean()
-        mean, variance = of_positive.mean(0), of_positive.var(0)
-        kept = (mean * torch.exp(-2 * variance)).clamp(0, 1)
-        turned = (of_positive.amax(0) - of_negative).clamp(0, 1) * (mean < of_negative)
+        of_negative = torch.sigmoid((views[:, batch.negatives] * users[:, None]).sum(-1))
+        has, theirs = self.has[:, batch.items], self.has[:, batch.negatives]
+        expected = of_negative[theirs].mean() if bool(theirs.any()) else of_negative.mean()
+        mean, count = masked_mean(of_positive, has), has.sum(0)
+        variance = ((of_positive - mean).square() * has).sum(0) / (count - 1).clamp(min=1)
+        kept = torch.where(count > 0, (mean * torch.exp(-2 * variance)).clamp(0, 1), 1.0)
+        best = of_positive.masked_fill(~has, 0.0).amax(0)
+        turned = (best - expected).clamp(0, 1) * (mean < expected) * (count > 0)
         return kept, turned
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
@@ -108,30 +117,40 @@ class DAMRS(MultimodalModel):
             apart = (torch.sigmoid(told[0]) - torch.sigmoid(told[1])) * (told[0] - told[1])
             terms["preference"] = self.preference_weight * apart.mean()
         if self.relation_weight:
-            value = graded(encoded.parts["views"][:, items], k=self.neighbours, temperature=self.temperature)
+            views, has = encoded.parts["views"][:, items], self.has[:, items]
+            value = graded(views, has, k=self.neighbours, temperature=self.temperature)
             terms["relation"] = self.relation_weight * value
         return terms
 
 
-def graded(views: Tensor, *, k: int, temperature: float) -> Tensor:
-    """Contrast of every view with graded neighbours: (V, C, D) -> ().
+def masked_mean(rows: Tensor, has: Tensor) -> Tensor:
+    """Mean over the first dim of what is there, 0 where nothing is: (V, ...), bool that broadcasts to it -> (...)."""
+    return (rows * has).sum(dim=0) / has.sum(dim=0).clamp(min=1)
+
+
+def graded(views: Tensor, has: Tensor, *, k: int, temperature: float) -> Tensor:
+    """Contrast of every view with graded neighbours, of the items that have it (V, C) bool: (V, C, D) -> ().
 
     Of view v's cosines, softmaxed over the C candidates, the k best in the sum of all views and v once more are the
     first grade, the k best of the others in v alone the second; -log(first / all) - log(second / (all - first)), sums
     of exp(cos / temperature), mean over items and views.
     """
+    some = has.sum(dim=1) >= 3  # views with a first and a second neighbour to tell from
+    if not bool(some.any()):
+        return views.sum() * 0.0
+    views, has = views[some], has[some]
+    k = min(k, (int(has.sum(dim=1).min()) - 1) // 2)
     similarity = unit(views) @ unit(views).transpose(1, 2)
-    k = min(k, (similarity.shape[-1] - 1) // 2)
-    if k < 1:
-        return similarity.sum() * 0.0
+    similarity = similarity.masked_fill(~has[:, None], float("-inf"))
     with torch.no_grad():
         chance = torch.softmax(similarity, dim=-1)
-        first = (chance.sum(0) + chance).topk(k, dim=-1).indices
+        first = (chance.sum(0) + chance).masked_fill(~has[:, None], -1.0).topk(k, dim=-1).indices
         second = chance.scatter(-1, first, 0.0).topk(k, dim=-1).indices
     each = torch.exp(similarity / temperature)
     near, next_ = each.gather(-1, first).sum(-1), each.gather(-1, second).sum(-1)
     total = each.sum(-1)
-    return -(torch.log(near / total) + torch.log(next_ / (total - near).clamp(min=1e-9))).mean()
+    cost = -(torch.log(near / total) + torch.log(next_ / (total - near).clamp(min=1e-9)))
+    return cost[has].mean()
 
 
 def agreeing(tables: list[np.ndarray], presence: np.ndarray, *, k: int, block: int = 512) -> list[sp.csr_matrix]:

@@ -5,7 +5,9 @@ Legend: B batch, U users, I items, N = U + I nodes, M modalities, D width, T dif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,8 +24,13 @@ from mmllmrec.encoders.item_graph import symmetric_degrees
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import MultimodalModel
-from mmllmrec.models.vectors import batch_rows
+from mmllmrec.models.multimodal import WrittenGraphs
+
+
+def squares(*tables: Tensor) -> Tensor:
+    """The sum of the squares of all entries: ... -> ()."""
+    return torch.stack([table.square().sum() for table in tables]).sum()
+
 
 TIME = 10  # width of a time step's embedding
 
@@ -52,7 +59,7 @@ class Denoiser(nn.Module):
         return found
 
 
-class DiffMM(MultimodalModel):
+class DiffMM(WrittenGraphs):
     """Recommendation over the events and over what each modality's diffusion model makes of them.
 
     Jiang et al. 2024 (arXiv 2406.11781). Diffusion: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a denoiser tells x_0
@@ -60,12 +67,16 @@ class DiffMM(MultimodalModel):
     read through the modality's features from the true ones read through IDs. Each epoch the posterior means of all
     users' rows are followed down from step T, and the ``top`` items of each become a graph A_m. With A the graph of
     events, both with self-loops: Z_m = A [P; y_m] + A [A's users; Q] + ``graph_weight`` A_m [P; Q], y_m = unit(act(x_m
-    W_m)); H_0 = sum of softmax(k)_m Z_m, F = H_0 + A H_0 + ... + ``residual`` unit(H_0). BPR, ``reg`` times the mean
-    squares of the batch's IDs, and ``contrast_weight`` times the InfoNCE of two modalities' views A_m [P; y_m]. An
+    W_m)); H_0 = sum of softmax(k)_m Z_m, F = H_0 + A H_0 + ... + ``residual`` unit(H_0). BPR, ``reg`` times the
+    squares of all IDs, and ``contrast_weight`` times the InfoNCE of two modalities' views A_m [P; y_m]. An
     absent modality is zero. Departures: the denoisers learn beside the rest, on as many users a step as make all of
-    them once an epoch, by one optimiser; the contrast is of the batch's nodes, not with all; squares are means of the
-    batch's.
+    them once an epoch, by one optimiser; the contrast is of the batch's nodes, not with all. What is written is thus
+    one epoch behind, and nothing in the first (published: an epoch trains the denoisers, writes, then recommends); only
+    items with an event are. Note that a new item keeps all of its content, by its self-loop, where a known one of
+    degree d has 1 / (d + 1) of it: new items rank high.
     """
+
+    penalty: ClassVar[Callable[..., Tensor]] = staticmethod(squares)
 
     def __init__(
         self,
@@ -84,12 +95,12 @@ class DiffMM(MultimodalModel):
         residual: float = 0.5,
         contrast_weight: float = 0.01,
         temperature: float = 0.5,
-        reg: float = 1e-4,
+        reg: float = 1e-5,
         feature_dim: int = 64,
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.layers, self.steps, self.top, self.temperature = layers, steps, min(top, self.n_items), temperature
+        self.layers, self.steps, self.temperature = layers, steps, temperature
         self.signal_weight, self.graph_weight, self.residual = signal_weight, graph_weight, residual
         self.contrast_weight = contrast_weight
         self.maps = self.linear_each(dim, bias=False)
@@ -100,23 +111,22 @@ class DiffMM(MultimodalModel):
         self.events = _with_loops(train.csr)
         kept, self.betas = schedule(steps, noise=noise)
         self.register_buffer("kept", kept, persistent=False)
-        for column in range(len(self.modalities)):  # the items written for each user; none yet
-            self.register_buffer(f"written{column}", torch.full((self.n_users, self.top), -1))
-        self._link()
+        self.register_buffer("learnt", torch.tensor(False))  # whether the denoisers have had an epoch
+        self._start(min(top, self.n_items))
 
     kept: Tensor  # (T,) how much of the signal is left at a step
 
-    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
-        if not resumed:
-            for column, denoiser in enumerate(self.denoisers):
-                self.get_buffer(f"written{column}").copy_(self._follow(denoiser))  # type: ignore[arg-type]
-        self._link()
+    learnt: Tensor
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self._link()  # the graphs are those of the items that were loaded
+    def write(self) -> list[Tensor]:
+        if not self.learnt:  # noise would be written: the events alone, for an epoch
+            self.learnt.fill_(True)
+            return [self.get_buffer(f"written{column}") for column in range(len(self.modalities))]
+        return [self._follow(denoiser) for denoiser in self.denoisers]  # type: ignore[arg-type]
 
-    @torch.no_grad()
+    def linked(self, chosen: sp.csr_matrix) -> list[Propagation]:
+        return [_with_loops(chosen)]
+
     def _follow(self, denoiser: Denoiser) -> Tensor:
         """Each user's ``top`` items after the posterior means from step T down to 0: (U, top)."""
         was, found = denoiser.training, []
@@ -128,26 +138,16 @@ class DiffMM(MultimodalModel):
                 before = float(self.kept[t - 1]) if t else 1.0
                 now, beta = float(self.kept[t]), self.betas[t]
                 x = (beta * before**0.5 * told + (1 - before) * (1 - beta) ** 0.5 * x) / (1 - now)
-            found.append(x.topk(self.top, dim=1).indices)
+            x = x.masked_fill(~self.warm, float("-inf"))
+            found.append(x.topk(min(int(self.config["top"]), self.n_items), dim=1).indices)
         denoiser.train(was)
         return torch.cat(found)
-
-    def _link(self) -> None:
-        """Make the graphs of what was written."""
-        graphs = []
-        for column in range(len(self.modalities)):
-            written = self.get_buffer(f"written{column}").cpu().numpy()
-            users = np.repeat(np.arange(self.n_users), self.top)
-            some = (written.ravel() >= 0) & self.known.cpu().numpy()[users]
-            cells = np.ones(int(some.sum()), dtype=np.float32), (users[some], written.ravel()[some])
-            graphs.append(_with_loops(sp.csr_matrix(cells, shape=(self.n_users, self.n_items))))
-        self.written = nn.ModuleList(graphs).to(self.device)
 
     def encode(self) -> Encoded:
         users, items = self.ids()
         ids = torch.cat([users, items])
         weights, hidden, parts = torch.softmax(self.shares, dim=0), torch.zeros_like(ids), {}
-        for column, (m, layer, written) in enumerate(zip(self.modalities, self.maps, self.written, strict=True)):
+        for column, (m, layer, written) in enumerate(zip(self.modalities, self.maps, self.links, strict=True)):
             content = unit(F.leaky_relu(layer(self.rows(m)), 0.2)) * self.present(m)[:, None]
             start = torch.cat([users, content])
             first = self.events(start)
@@ -167,7 +167,7 @@ class DiffMM(MultimodalModel):
         return total
 
     def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        return batch_rows(batch, self.users.weight, self.items.weight)
+        return self.users.weight, self.items.weight
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``contrast`` of modalities' views, and ``diffusion``."""

@@ -6,6 +6,8 @@ Legend: B batch, C some items, U users, I items, D width, S pixels a side.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
+from mmllmrec.encoders.gather import in_chunks
 from mmllmrec.losses import l2
-from mmllmrec.models.vectors import VectorModel
+from mmllmrec.models.vectors import VectorModel, rows_of
 from mmllmrec.runcard import content_hash
 
 CHUNK = 256  # pictures that are looked at together when all items are embedded
@@ -56,11 +59,12 @@ class DVBPR(VectorModel):
 
     Kang et al. 2017 (arXiv 1711.02231), the recommender; its generative part is not here. Phi is a convolutional net
     from scratch (``tower``), ``width`` its first channels, ``size`` the pixels a side. BPR with ``reg`` times
-    ``losses.l2`` of the batch's users; decay of the net is ``fit``'s. An item without a picture is a zero vector; a new
-    one is scored like any other. Departures: a smaller net of the same plan for smaller pictures (the paper: 224
-    pixels, 64 channels, 71 M weights); a batch's pictures are looked at once each, so that a positive and a negative
-    that are one item share their dropout; ``loss="softmax"``: see ``VectorModel``. Raises ``DataError`` for a catalogue
-    without pictures.
+    ``losses.l2`` of the batch's users; decay of the net is ``fit``'s. An item without a picture is a zero vector and in
+    no pair; a new one is scored like any other. Departures: a smaller net of the same plan for smaller pictures (the
+    paper: 224 pixels, 64 channels, 71 M weights), ``reg`` a thousandth of the published 1, a learning rate ten times
+    the published 1e-4, and decay of users too; a batch's pictures are looked at once each, so that a positive and a
+    negative that are one item share their dropout; ``loss="softmax"``: see ``VectorModel``. Raises ``DataError`` for a
+    catalogue without pictures, or of other items.
     """
 
     supports_cold_items: ClassVar[bool] = True
@@ -86,10 +90,14 @@ class DVBPR(VectorModel):
         self._see(catalog)
 
     def _see(self, catalog: Catalog) -> None:
+        if catalog.item_ids != self.train_data.item_ids:
+            raise DataError(f"{catalog.name}: the catalogue's items are not those of the training events")
         if "image" not in catalog.dataset.column_names:
             raise DataError(f"{catalog.name}: DVBPR looks at pictures, and this catalogue has no column 'image'")
         self.pixels = torch.from_numpy(catalog.pixels(int(self.config["size"])).copy())  # moved with the batch
         self.register_buffer("seen", torch.from_numpy(catalog.present("image")), persistent=False)
+        numbers: dict[bytes, int] = {}
+        self.same = torch.tensor([numbers.setdefault(p.tobytes(), len(numbers)) for p in self.pixels.numpy()])
 
     seen: Tensor  # (I,) which items have a picture
 
@@ -110,16 +118,27 @@ class DVBPR(VectorModel):
         return self.look(pictures) * self.seen[items, None]
 
     def vectors(self, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
+        return self._rows(None, users, *items)
+
+    def _rows(self, chunk: int | None, users: Tensor | slice, *items: Tensor | slice) -> tuple[Tensor, ...]:
         own = self.users.weight * self.known[:, None]
         everything = torch.arange(self.n_items, device=own.device)
         wanted = [everything[i] for i in items]
         distinct, place = torch.cat([i.flatten() for i in wanted]).unique(return_inverse=True)
-        size = len(distinct) if self.training else CHUNK
-        looks = torch.cat([self._looks(part) for part in distinct.split(size)])[place]
+        if self.training:
+            looks = in_chunks(self._looks, distinct, size=chunk or len(distinct))[place]
+        else:
+            looks = torch.cat([self._looks(part) for part in distinct.split(CHUNK)])[place]
         rows = [
             part.view(*i.shape, -1) for part, i in zip(looks.split([i.numel() for i in wanted]), wanted, strict=True)
         ]
         return own[users], *rows
 
-    def penalised(self, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
-        return rows[:1]
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        return self.ranking(batch, partial(self._rows, batch.chunk))
+
+    def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        terms = {self.loss_name: self.ranked(batch, vectors, present=self.seen)}
+        if self.reg and self.loss_name == "bpr":
+            terms["reg"] = self.reg * l2(rows_of(self.users.weight, batch.users))
+        return terms

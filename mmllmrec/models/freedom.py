@@ -50,16 +50,13 @@ class FREEDOM(MultimodalModel, PrunedGraph):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.item_layers, self.prune, self.content_weight = item_layers, prune, content_weight
+        self.prune, self.content_weight = prune, content_weight
         self.maps = self.linear_each(dim, bias=False)  # a bias is the same for a positive and its negative
 
     def encode(self) -> Encoded:
         ids = self.ids()
-        smoothed = ids[1]
-        for _ in range(self.item_layers):
-            smoothed = self.item_graph(smoothed)
         users, items = self.graph(*ids, through=self.through_graph)
-        return Encoded(users, items + smoothed)
+        return Encoded(users, items + self.smoothed(ids[1]))
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``content``: each modality alone, ranked for the same users."""

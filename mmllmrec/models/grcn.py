@@ -17,6 +17,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Edges
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.losses import mean_squares
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
@@ -88,7 +89,6 @@ class GRCN(MultimodalModel):
         terms = {self.loss_name: self.ranked(batch, vectors)}
         if self.reg and self.loss_name == "bpr":
             items = torch.cat([batch.items, batch.negatives.flatten()])  # type: ignore[union-attr]
-            squares = [self.users(batch.users).square().mean(), self.items(items).square().mean()]
-            squares += [p[batch.users].square().mean() for p in self.preferences]
-            terms["reg"] = self.reg * torch.stack(squares).sum()
+            preferences = (p[batch.users] for p in self.preferences)
+            terms["reg"] = self.reg * mean_squares(self.users(batch.users), self.items(items), *preferences)
         return terms

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.models.base import ClosedForm
-from mmllmrec.models.vectors import means_of
+from mmllmrec.models.vectors import changed, means_of
 
 
 class Factorised(ClosedForm):
@@ -35,9 +35,9 @@ class Factorised(ClosedForm):
     def embed(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Users (U, D) and items (I, D); a user whose events are not those of training is folded in."""
         users, items = self.factors
-        same = np.diff((self.history != self.train_data.csr).tocsr().indptr) == 0
-        if not same.all():
-            users = np.where(same[:, None], users, self.folded(self.history, np.flatnonzero(~same)))
+        others = changed(self.history, self.train_data)
+        if others.any():
+            users = np.where(others[:, None], self.folded(self.history, np.flatnonzero(others)), users)
         return torch.from_numpy(np.ascontiguousarray(users)), torch.from_numpy(items)
 
     def folded(self, history: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ class IALS(Factorised):
         return AlternatingLeastSquares(
             factors=c["dim"],
             regularization=c["reg"],
-            alpha=c["alpha"],
+            alpha=1 + c["alpha"],  # the library's is the confidence itself
             iterations=c["iterations"],
             num_threads=1,
             random_state=c["seed"],
@@ -110,9 +110,12 @@ class IALS(Factorised):
         items = self.factors[1].astype(np.float64)
         gram, alpha = items.T @ items + self.config["reg"] * np.eye(items.shape[1]), self.config["alpha"]
         found = np.zeros((self.n_users, items.shape[1]), dtype=np.float32)
-        for user in users:  # eq. 4: (Y^T Y + alpha Y_u^T Y_u + reg 1) x = (1 + alpha) sum of y
-            rows = items[history.indices[history.indptr[user] : history.indptr[user + 1]]]
-            found[user] = np.linalg.solve(gram + alpha * rows.T @ rows, (1 + alpha) * rows.sum(axis=0))
+        outer = (items[:, :, None] * items[:, None]).reshape(len(items), -1)
+        for some in np.split(users, range(256, len(users), 256)):
+            # eq. 4: (Y^T Y + alpha Y_u^T Y_u + reg 1) x = (1 + alpha) sum of y
+            own = (history[some] @ outer).reshape(len(some), *gram.shape)
+            sums = (1 + alpha) * (history[some] @ items)
+            found[some] = np.linalg.solve(gram + alpha * own, sums[..., None])[..., 0]
         return found
 
 
@@ -149,3 +152,8 @@ class ImplicitBPR(Factorised):
             random_state=c["seed"],
         )
         return self._fitted(model, columns=c["dim"] + 1)
+
+    def folded(self, history: sparse.csr_matrix, users: np.ndarray) -> np.ndarray:
+        found = super().folded(history, users)
+        found[:, -1] = np.diff(history.indptr) > 0  # what the items' biases are multiplied by
+        return found

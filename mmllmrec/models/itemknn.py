@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmllmrec.data.interactions import DataError, Interactions
+from mmllmrec.encoders.item_graph import top_of_rows
 from mmllmrec.models.base import ClosedForm
 
 
@@ -34,17 +35,12 @@ class ItemKNN(ClosedForm):
     @cached_property
     def similarity(self) -> sp.csr_matrix:
         """(I, I) float32: row i holds the similarities of i's k nearest items."""
-        x = self.train_data.csr
-        together = (x.T @ x).tocoo()
-        i, j, n = together.row, together.col, self.train_data.item_counts
-        values = together.data / (np.sqrt(n[i].astype(np.float64) * n[j]) + self.shrink)
-        other = i != j
-        i, j, values = i[other], j[other], values[other].astype(np.float32)
-        order = np.lexsort((j, -values, i))
-        i, j, values = i[order], j[order], values[order]
-        start = np.searchsorted(i, np.arange(self.n_items))
-        near = np.arange(len(i)) - start[i] < self.k
-        return sp.csr_matrix((values[near], (i[near], j[near])), shape=(self.n_items, self.n_items))
+        n = self.train_data.item_counts.astype(np.float64)
+
+        def similar(i: np.ndarray, j: np.ndarray, together: np.ndarray) -> np.ndarray:
+            return (together / (np.sqrt(n[i] * n[j]) + self.shrink)).astype(np.float32)
+
+        return top_of_rows(self.train_data.csr.T.tocsr().astype(np.float32), k=self.k, weigh=similar)
 
     @cached_property
     def _transposed(self) -> sp.csr_matrix:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.models.content import ContentModel
-from mmllmrec.models.vectors import FIT, means_of
+from mmllmrec.models.vectors import FIT, VectorModel, changed, means_of
 from mmllmrec.runcard import content_hash
 
 
@@ -53,7 +53,10 @@ class LatentModel(ContentModel):
         model = getattr(first, "model", first)
         if not hasattr(model, "embed"):
             raise DataError(f"{cls.__name__}.pretrained: {first!r} has no embeddings; fit BPR or LightGCN first")
-        return cls(model.train_data, latents=model.embed(), **options)
+        if not isinstance(model, VectorModel):
+            return cls(model.train_data, latents=model.embed(), **options)
+        with model.evaluating():  # without cold_offset, which is no part of what was learnt
+            return cls(model.train_data, latents=model(), **options)
 
     def averages(self, events: Interactions) -> Tensor:
         """The latents of users as the mean of their items' latents, in the users' unit: (U, L)."""
@@ -65,9 +68,9 @@ class LatentModel(ContentModel):
         other = self._beside(history)
         other.history = history.csr
         other._know(history)
-        changed = torch.from_numpy((history.csr != self.train_data.csr).getnnz(axis=1) > 0)[:, None]
         mean = self.averages(history)
-        other.latent_users = torch.where(changed.to(mean.device), mean, self.latent_users)
+        others = torch.from_numpy(changed(history.csr, self.train_data))[:, None].to(mean.device)
+        other.latent_users = torch.where(others, mean, self.latent_users)
         return other.to(self.device)
 
     def _folded(self, users: Tensor, items: Tensor) -> Tensor:

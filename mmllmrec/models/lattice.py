@@ -22,10 +22,11 @@ class LATTICE(LearnedModel):
     """Items' IDs smoothed over a learned graph of alike items, added to LightGCN's output at unit length.
 
     Zhang et al. 2021 (arXiv 2104.09036). A graph a modality, frozen and learned (``LearnedGraph``, ``keep`` the share
-    of the frozen one), mixed by learned weights alpha: h = sum over m of alpha_m A_m ... A_m Q, q_i = LightGCN(i) + h_i
-    / |h_i|. BPR, and ``reg`` times ``losses.l2`` of the batch's final vectors. The weights are a softmax over the
-    modalities that an item has. Departures: LightGCN's graph is the usual one (published: self-loops and row means);
-    features are frozen (``trained_features=True`` trains the tables, as published); see ``LearnedGraph``.
+    of the frozen one), mixed by learned weights alpha: h = A ... A Q with A = sum over m of alpha_m A_m, q_i =
+    LightGCN(i) + h_i / |h_i|. BPR, and ``reg`` times ``losses.l2`` of the batch's final vectors. The weights are a
+    softmax over the modalities that an item has. Departures: LightGCN's graph is the usual one (published: self-loops
+    and row means); features are frozen (``trained_features=True`` trains the tables, as published); see
+    ``LearnedGraph``.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LATTICE(LearnedModel):
         weights = masked_softmax(self.mixture.expand(self.n_items, -1), self.all_present())
         layer = items
         for _ in range(self.item_layers):
-            layer = (weights[..., None] * torch.stack(self.learned(self, layer), dim=1)).sum(dim=1)
+            views = self.learned(self, [layer] * len(self.modalities))
+            layer = (weights[..., None] * torch.stack(views, dim=1)).sum(dim=1)
         out_users, out_items = self.graph(users, items)
         return Encoded(out_users, out_items + unit(layer))

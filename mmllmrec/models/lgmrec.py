@@ -32,10 +32,10 @@ class LGMRec(MultimodalModel):
     temperature), users by the sum of their items' logits, with Gumbel noise g and ``dropout`` of memberships in
     training; ``hyper_layers`` times items -> hyperedges -> items and users, from C. F = C + sum of unit G_m +
     ``global_weight`` unit(sum of the global vectors). BPR, ``reg`` times ``losses.embedding_norm`` of the batch's F,
-    and ``contrast_weight`` times the InfoNCE of two modalities' global vectors, the batch's nodes among all nodes. An
-    item without a modality has no content and no membership there. Departures: no noise when scoring, where the
-    published code's scores change from call to call; the contrast is a mean over the batch, of every pair of modalities
-    (published: a sum, with weight 1e-4, so 0.2 at 2,048 rows).
+    and ``contrast_weight`` times the InfoNCE of two modalities' global vectors, the batch's nodes among all nodes that
+    have both and an event. An item without a modality has no content and no membership there. Departures: no noise when
+    scoring, where the published code's scores change from call to call; the contrast is a mean over the batch, of every
+    pair of modalities (published: a sum, with weight 1e-4, so 0.2 at 2,048 rows).
     """
 
     def __init__(
@@ -108,7 +108,17 @@ class LGMRec(MultimodalModel):
             norms = torch.linalg.vector_norm(encoded.parts[other] @ others, dim=1, keepdim=True).clamp(min=1e-12)
             # (N, K) for (N, D): among all nodes, cosines of vectors that K hyperedges span are products of K numbers
             scaled = encoded.parts[other] / norms
-            for rows, nodes in ((slice(0, self.n_users), batch.users), (slice(self.n_users, None), batch.items)):
-                anchors = unit(rows_of(encoded.parts[one][rows], nodes) @ edges) / self.temperature
-                terms.append(losses.matched_softmax(anchors @ others.T, scaled[rows], nodes))
+            both = (self._has(one) & self._has(other)).split([self.n_users, self.n_items])
+            halves = slice(0, self.n_users), slice(self.n_users, None)
+            for rows, nodes, some in zip(halves, (batch.users, batch.items), both, strict=True):
+                nodes = nodes[some[nodes]]
+                if len(nodes):
+                    anchors = unit(rows_of(encoded.parts[one][rows], nodes) @ edges) / self.temperature
+                    place = some.cumsum(0) - 1
+                    terms.append(losses.matched_softmax(anchors @ others.T, scaled[rows][some], place[nodes]))
         return {"contrast": self.contrast_weight * torch.stack(terms).sum()} if terms else {}
+
+    def _has(self, modality: str) -> Tensor:
+        """Nodes with an event and with this modality, of users those who took an item that has it: (N,) bool."""
+        items = self.present(modality) & self.warm
+        return torch.cat([self.sums(items[:, None].float())[:, 0] > 0, items])

@@ -5,6 +5,7 @@ Legend: B batch, U users, I items, M modalities, D width, F_m width of a modalit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,19 @@ class LLMRec(MultimodalModel):
 
     Wei et al. 2024 (arXiv 2311.00423). Vectors are LightGCN's plus, at unit length, each modality's projection
     propagated once to users and back (times ``content_weight``) and the profiles' projection propagated once to items
-    and back (times ``profile_weight``). BPR, with the ``pruned`` share of a batch's largest losses left out as noise;
-    ``pair_weight`` times BPR of the written pairs of the batch's users; ``mask_weight`` times the masked-profile loss:
-    ``mask`` of the users have the mean profile in place of their own, which a decoder is to tell. An item's attributes
-    are further modalities of ``features``. ``profiles`` (U, P): what was written of users, encoded; without them a
-    user's profile is the mean of its items' features, a template that a language model has to beat. ``pairs`` (U, 2):
-    an item written as liked and one as disliked for each user, -1 where none; without them the term is gone. Both are
-    saved with the weights. An absent modality is zero. Departures: the graph is normalised on both sides and has no
-    softmax at its end; the mask is drawn anew every step; the published code keeps the largest losses and drops the
-    smallest.
+    and back (times ``profile_weight``). BPR of the batch and, for the ``pair_share`` of it whose users have one, of
+    written pairs, with the ``pruned`` share of the largest losses left out as noise; ``reg`` times
+    ``losses.embedding_norm`` of the batch's final vectors; ``mask_weight`` times the masked-profile loss: ``mask`` of
+    the users have the mean profile in place of their own, which a decoder is to tell. An item's attributes are further
+    modalities of ``features``. ``profiles`` (U, P): what was written of users, encoded; without them a user's profile
+    is the mean of its items' features, also of those of another catalogue: a template that a language model has to
+    beat. ``pairs`` (U, 2): an item written as liked and one as disliked for each user, -1 where none. Both are saved
+    with the weights. An absent modality is zero. Departures: an item keeps its own projection beside what comes back,
+    without which a new one had nothing; the graph is normalised on both sides and has no softmax at its end; the mask
+    is drawn anew every step, of users alone (published: of items' attributes too); there is no BPR of profiles against
+    attributes, nor of a modality alone; the published code keeps the largest losses and drops the smallest, 0.71 or 0.4
+    of them. Raises ``DataError`` for shares out of range, for other shapes, and for ``pairs`` under the softmax, which
+    has no pairs.
     """
 
     def __init__(
@@ -53,8 +58,8 @@ class LLMRec(MultimodalModel):
         layers: int = 2,
         content_weight: float = 0.02,
         profile_weight: float = 0.7,
-        pair_weight: float = 0.012,
-        mask_weight: float = 1e-3,
+        pair_share: float = 0.1,
+        mask_weight: float = 1e-5,
         mask: float = 0.1,
         pruned: float = 0.1,
         reg: float = 1e-4,
@@ -62,17 +67,20 @@ class LLMRec(MultimodalModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals(), "profiles", "pairs"))
-        if not 0 <= pruned < 1 or not 0 <= mask < 1:
-            raise DataError(f"pruned={pruned}, mask={mask}: shares, 0 or more and below 1")
-        self.content_weight, self.profile_weight, self.pair_weight = content_weight, profile_weight, pair_weight
+        if not (0 <= pruned < 1 and 0 <= mask < 1 and 0 <= pair_share <= 1):
+            raise DataError(f"pruned={pruned}, mask={mask}, pair_share={pair_share}: shares; the first two below 1")
+        if pairs is not None and loss != "bpr":
+            raise DataError(f"pairs are terms of BPR: loss={loss!r} takes none")
+        self.content_weight, self.profile_weight, self.pair_share = content_weight, profile_weight, pair_share
         self.mask_weight, self.mask, self.pruned = mask_weight, mask, pruned
-        written = means_of(train.csr, self.frozen) if profiles is None else _rows(profiles, self.n_users, "profiles")
-        self.register_buffer("profiles", written.float().contiguous())
+        if profiles is not None:
+            self.written = True
+            self.register_buffer("profiles", _rows(profiles, self.n_users, "profiles").float().contiguous())
         none = torch.full((self.n_users, 2), -1)
         chosen = none if pairs is None else _rows(pairs, self.n_users, "pairs").long()
         if chosen.shape[1] != 2 or int(chosen.max()) >= self.n_items:
             raise DataError(f"pairs: items below {self.n_items}, two a user; got {tuple(chosen.shape)}")
-        self.register_buffer("pairs", chosen)
+        self.register_buffer("pairs", chosen, persistent=pairs is not None)
         self.maps, self.told = self.linear_each(dim, bias=False), nn.Linear(self.profiles.shape[1], dim, bias=False)
         for layer in (*self.maps, self.told):
             nn.init.xavier_uniform_(layer.weight)
@@ -82,6 +90,12 @@ class LLMRec(MultimodalModel):
 
     profiles: Tensor
     pairs: Tensor
+    written = False  # whether profiles were given, and are saved
+
+    def _use(self, features: FeatureTable) -> None:
+        super()._use(features)
+        if not self.written:
+            self.register_buffer("profiles", means_of(self.train_data.csr, self.frozen), persistent=False)
 
     def encode(self) -> Encoded:
         users, items = self.graph(*self.ids())
@@ -90,10 +104,10 @@ class LLMRec(MultimodalModel):
             users = users + self.content_weight * unit(of_users)
             items = items + self.content_weight * unit(self.to_items(of_users) + content)
         profiles, parts = self.profiles, {}
-        if self.training and self.decoder is not None:
-            masked = torch.rand(len(profiles), device=profiles.device) < self.mask
-            masked[0] = True  # one at least
-            profiles = torch.where(masked[:, None], profiles.mean(dim=0), profiles)
+        if self.training and self.decoder is not None and bool(self.known.any()):
+            order = torch.rand(len(profiles), device=profiles.device).masked_fill(~self.known, 2.0)
+            masked = self.known & ((order < self.mask) | (order == order.min()))  # one at least
+            profiles = torch.where(masked[:, None], profiles[self.known].mean(dim=0), profiles)
             parts["masked"] = masked
         of_items = self.to_items(self.told(profiles))
         of_users = self.to_users(of_items)
@@ -101,32 +115,40 @@ class LLMRec(MultimodalModel):
         users, items = users + self.profile_weight * unit(of_users), items + self.profile_weight * unit(of_items)
         return Encoded(users, items, parts)
 
-    def ranked(self, batch: Batch, vectors: Any, *, present: Tensor | None = None) -> Tensor:
-        if self.log_scale is not None or not self.pruned or not self.training:
-            return super().ranked(batch, vectors, present=present)
-        u, i, j = vectors(batch.users, batch.items, batch.negatives)
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        return super().loss(self._with_pairs(batch))
+
+    def _with_pairs(self, batch: Batch) -> Batch:
+        """The batch, and at its end written pairs of a random ``pair_share`` of its users."""
+        if batch.negatives is None or not bool((self.pairs >= 0).any()):
+            return batch
+        chosen = self.pairs[batch.users]
+        drawn = (chosen >= 0).all(dim=1) & (torch.rand(len(chosen), device=chosen.device) < self.pair_share)
+        liked, disliked = chosen[drawn].unbind(dim=1)
+        return replace(
+            batch,
+            users=torch.cat([batch.users, batch.users[drawn]]),
+            items=torch.cat([batch.items, liked]),
+            negatives=torch.cat([batch.negatives, disliked[:, None].expand(-1, batch.negatives.shape[1])]),
+        )
+
+    def pairwise(self, u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        if not self.pruned or not self.training or mask is not None:
+            return super().pairwise(u, i, j, mask=mask)
         each = F.softplus((u[:, None] * j).sum(-1) - (u * i).sum(-1)[:, None]).mean(dim=1)
-        kept = max(int(len(each) * (1 - self.pruned)), 1)
-        return each.sort().values[:kept].mean()
+        return each.sort().values[: max(int(len(each) * (1 - self.pruned)), 1)].mean()
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
-        """``pairs`` and ``mask``."""
-        terms, users = {}, batch.users.unique()
-        chosen = self.pairs[users]
-        some = (chosen >= 0).all(dim=1)
-        if self.pair_weight and bool((self.pairs >= 0).any()):
-            u, liked, not_liked = encoded.users[users], *(encoded.items[chosen.clamp(min=0)[:, c]] for c in (0, 1))
-            value = losses.bpr((u * liked).sum(-1), (u * not_liked).sum(-1)[:, None], mask=some[:, None])
-            terms["pairs"] = self.pair_weight * value
-        if self.decoder is not None and "masked" in encoded.parts:
-            masked = encoded.parts["masked"]
-            decoded = self.decoder(encoded.parts["profile users"][masked])
-            terms["mask"] = self.mask_weight * losses.reconstruction(decoded, self.profiles[masked], power=2.0)
-        return terms
+        """``mask``."""
+        if self.decoder is None or "masked" not in encoded.parts:
+            return {}
+        masked = encoded.parts["masked"]
+        decoded = self.decoder(encoded.parts["profile users"][masked])
+        return {"mask": self.mask_weight * losses.reconstruction(decoded, self.profiles[masked], power=2.0)}
 
     @classmethod
     def _given(cls, state: dict[str, Tensor]) -> dict[str, Any]:
-        return {"profiles": state["profiles"], "pairs": state["pairs"]}
+        return {name: state[name] for name in ("profiles", "pairs") if name in state}
 
 
 def _rows(given: np.ndarray | Tensor, users: int, what: str) -> Tensor:

@@ -30,11 +30,12 @@ class MENTOR(ModalModel):
     width, and all items over the frozen graph of alike items beside themselves. ``align_weight`` times, over all pairs
     of guide, fused and modalities, |mean - mean| + |variance - variance| of all their entries; ``graph_weight`` times
     the InfoNCE of two passes with ``noise``, of the batch's nodes; ``mask_weight`` times the masked-feature loss: what
-    a linear map makes of the fused vector should be what dropout leaves of it (1 - cos). A modality an item lacks is
-    what the graph makes of it. Departures: the masked loss is trained, its dropout copy without gradient; the published
-    code computes it without any gradient (``train_mask=False``: it is left out, which trains the same). Noisy passes
-    share the encoders, where that code gives them networks of their own that nothing else reads; the contrast is of the
-    batch's nodes, not of all; natural logarithm.
+    a linear map makes of the fused vector should be what dropout leaves of it (1 - cos), users and items apart.
+    ``shares`` (M,): how much each modality counts in the item graph, alike by default (published: 0.1 image, 0.9 text).
+    A modality an item lacks is what the graph makes of it. Departures: the masked loss is trained, its dropout copy
+    without gradient; the published code computes it without any gradient (``train_mask=False``: it is left out, which
+    trains the same). Noisy passes share the encoders, where that code gives them networks of their own that nothing
+    else reads; the contrast is of the batch's nodes, not of all; natural logarithm.
     """
 
     graphs = "mixed"
@@ -63,7 +64,7 @@ class MENTOR(ModalModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.item_layers, self.noise, self.temperature, self.dropout = item_layers, noise, temperature, dropout
+        self.noise, self.temperature, self.dropout = noise, temperature, dropout
         self.align_weight, self.graph_weight = align_weight, graph_weight
         self.mask_weight = mask_weight if train_mask else 0.0
         if align_weight:
@@ -93,15 +94,11 @@ class MENTOR(ModalModel):
 
     def _over_items(self, users: Tensor, items: Tensor) -> Tensor:
         """All nodes, items over the graph of alike items beside themselves: (U, D), (I, D) -> (N, D)."""
-        smoothed = items
-        for _ in range(self.item_layers):
-            smoothed = self.item_graph(smoothed)
-        return torch.cat([users, items + smoothed])
+        return torch.cat([users, items + self.smoothed(items)])
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``align``, ``graph`` and ``mask``."""
         terms, parts = {}, encoded.parts
-        nodes = torch.cat([batch.users.unique(), batch.items.unique() + self.n_users])
         if self.align_weight and "guide" in parts:
             views = [x for name, x in parts.items() if name in ("guide", "fused") or name.startswith("view of ")]
             apart = [(a.mean() - b.mean()).abs() + (a.var() - b.var()).abs() for a, b in combinations(views, 2)]
@@ -110,7 +107,10 @@ class MENTOR(ModalModel):
             value = self.two_views(parts["one"], parts["other"], encoded.distinct(batch), temperature=self.temperature)
             terms["graph"] = self.graph_weight * value
         if self.mask_weight:
-            fused = parts["fused"][nodes]
-            masked = F.dropout(fused.detach(), self.dropout, self.training)
-            terms["mask"] = self.mask_weight * losses.reconstruction(self.decoder(fused), masked)
+            each = []
+            for nodes in encoded.distinct(batch):
+                fused = parts["fused"][nodes]
+                masked = F.dropout(fused.detach(), self.dropout, self.training)
+                each.append(losses.reconstruction(self.decoder(fused), masked))
+            terms["mask"] = self.mask_weight * torch.stack(each).sum()
         return terms

@@ -21,13 +21,14 @@ class MGCN(SideModel):
     """Purified content on item graphs, behaviour on the user-item graph, and a fuser that behaviour steers.
 
     Yu et al. 2023 (arXiv 2308.03588). E_m = S_m (Q * sigmoid(G_m W_m x_m)): the IDs, gated by content, over the graph
-    of each item's ``neighbours`` nearest in m, weighed by their cosines; users have the mean of their items' by R (the
-    normalised events). C = LightGCN's encoder. With weights w_m = softmax over m of q . tanh(W E_m): shared H = sum of
+    of each item's ``neighbours`` nearest in m, weighed by their cosines; users have R times their items', R the
+    normalised events. C = LightGCN's encoder. With weights w_m = softmax over m of q . tanh(W E_m): shared H = sum of
     w_m E_m, specific T_m = sigmoid(K_m C) * (E_m - H), side Y = (H + sum of T_m) / (M + 1), and score (C + Y)_u . (C +
     Y)_i. BPR, ``reg`` times ``losses.l2`` of the batch's final vectors, and ``contrast_weight`` times the InfoNCE of Y
     against C among the batch's users, and among its items. A modality an item lacks has weight 0 and no specific part
-    there. Departures: features are frozen (``trained_features=True`` trains the tables, as published); nodes are
-    de-duplicated before the contrast.
+    there, and Y is divided by M + 1 all the same: what is known of it in fewer ways has a smaller say. Departures:
+    features are frozen (``trained_features=True`` trains the tables, as published); nodes are de-duplicated before the
+    contrast.
     """
 
     def __init__(

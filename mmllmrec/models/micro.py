@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
-from mmllmrec.data.interactions import Interactions
+from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
@@ -24,7 +25,8 @@ class MICRO(LearnedModel):
 
     Zhang et al. 2022 (arXiv 2111.00678). h_m = A_m Q over each modality's graph (``LearnedGraph``), h = sum of w_m h_m
     with w = softmax over the present m of q . tanh(W h_m + b); q_i = LightGCN(i) + h_i / |h_i|. BPR, ``reg`` times
-    ``losses.l2`` of the batch's final vectors, and ``contrast_weight`` times ``contrast``. Departures: as in
+    ``losses.l2`` of the batch's final vectors, and ``contrast_weight`` times the InfoNCE of each h_m against h, other
+    items' h_m among the negatives. Departures: as in
     ``LATTICE``, and the contrast is among the batch's distinct items, where the published code takes all items in every
     step.
     """
@@ -48,14 +50,16 @@ class MICRO(LearnedModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
+        if item_layers < 1:
+            raise DataError(f"item_layers={item_layers}: views are what an item graph makes of IDs, one layer at least")
         self.contrast_weight, self.temperature = contrast_weight, temperature
         self.attention = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1, bias=False))
 
     def encode(self) -> Encoded:
         users, items = self.ids()
-        views = self.learned(self, items)
-        for _ in range(self.item_layers - 1):
-            views = [self.learned(self, view)[m] for m, view in enumerate(views)]
+        views = [items] * len(self.modalities)
+        for _ in range(self.item_layers):
+            views = self.learned(self, views)
         stacked = torch.stack(views, dim=1)
         weights = masked_softmax(self.attention(stacked)[..., 0], self.all_present())
         fused = (weights[..., None] * stacked).sum(dim=1)
@@ -70,16 +74,8 @@ class MICRO(LearnedModel):
         fused, terms = encoded.parts["fused"][items], []
         for m, name in enumerate(self.modalities):
             here = self.present(name)[items]
-            terms.append(contrast(encoded.parts["views"][items, m][here], fused[here], temperature=self.temperature))
-        return {"contrast": self.contrast_weight * torch.stack(terms).sum()}
-
-
-def contrast(view: Tensor, fused: Tensor, *, temperature: float) -> Tensor:
-    """Mean over n of -log of exp(cos(v_n, f_n) / t) over the sum of exp(cos(v_n, f_m) / t) for all m and of
-    exp(cos(v_n, v_m) / t) for m other than n: (C, D), (C, D) -> (). 0, with a gradient of 0, without rows."""
-    if not len(view):
-        return (view.sum() + fused.sum()) * 0.0
-    v, f = unit(view), unit(fused)
-    across, within = v @ f.T / temperature, v @ v.T / temperature
-    within = within.masked_fill(torch.eye(len(v), dtype=torch.bool, device=v.device), float("-inf"))
-    return (torch.logsumexp(torch.cat([across, within], dim=1), dim=1) - across.diagonal()).mean()
+            view = encoded.parts["views"][items, m][here]
+            if len(view):
+                close = losses.info_nce(view, fused[here], temperature=self.temperature, both_ways=False, within=True)
+                terms.append(close)
+        return {"contrast": self.contrast_weight * torch.stack(terms).sum()} if terms else {}

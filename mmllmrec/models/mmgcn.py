@@ -17,6 +17,7 @@ from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, mean_adjacency
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.losses import mean_squares
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import MultimodalModel
@@ -49,8 +50,9 @@ class MMGCN(MultimodalModel):
     Wei et al. 2019 (ACM MM). X^(0) = unit rows of [P_m; x_m], P_m a preference a user; per layer h = act(mean of the
     neighbours' W_1 x), own = act(W_2 x) + ID, and X' = act(W_3 [h; own]) (``combine="concat"``) or act(W_3 h + own)
     (``"add"``). A modality wider than ``hidden`` is first projected to that. BPR, and ``reg`` times the mean squares of
-    the batch's IDs and preferences. An item without an event has no ID and no neighbours: its own vector is left.
-    Departures: the published code never trains IDs and preferences (``train_ids=False``), divides the sum by M, always
+    the batch's IDs and preferences. An item without an event has no ID and no neighbours: its own vector is left,
+    of what it has. Departures: the published code penalises the first modality's preferences alone, and of all users;
+    it never trains IDs and preferences (``train_ids=False``), divides the sum by M, always
     concatenates, and projects the first modality alone.
     """
 
@@ -93,18 +95,20 @@ class MMGCN(MultimodalModel):
         users, items = self.trained(*self.node.split([self.n_users, self.n_items]))
         ids = torch.cat([users, items])
         total = torch.zeros_like(ids)
-        for content, preference, stack in zip(self.through(self.shrink), self.preferences, self.stacks, strict=True):
+        contents = self.through(self.shrink)
+        for m, content, preference, stack in zip(self.modalities, contents, self.preferences, self.stacks, strict=True):
             x = torch.cat([unit(preference) * self.known[:, None], unit(content)])
             for layer in stack:  # type: ignore[attr-defined, union-attr]
                 x = layer(x, ids, self.means)
-            total = total + x
+            here = torch.cat([self.known, self.present(m) | self.warm])  # elsewhere are the layers' biases alone
+            total = total + x * here[:, None]
         users, items = total.split([self.n_users, self.n_items])
         return Encoded(users, items)
 
     def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
         terms = {self.loss_name: self.ranked(batch, vectors)}
         if self.reg and self.loss_name == "bpr" and self.node.requires_grad:
-            nodes = torch.cat([batch.users, batch.items + self.n_users, batch.negatives.flatten() + self.n_users])  # type: ignore[union-attr]
-            squares = [self.node[nodes].square().mean(), *(p[batch.users].square().mean() for p in self.preferences)]
-            terms["reg"] = self.reg * torch.stack(squares).sum()
+            items = torch.cat([batch.items, batch.negatives.flatten()]) + self.n_users  # type: ignore[union-attr]
+            preferences = (p[batch.users] for p in self.preferences)
+            terms["reg"] = self.reg * mean_squares(self.node[batch.users], self.node[items], *preferences)
         return terms

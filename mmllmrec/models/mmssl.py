@@ -6,7 +6,7 @@ Legend: B distinct users of a batch, U users, I items, M modalities, D width, F_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,24 +25,27 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.losses import l2
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.multimodal import WrittenGraphs
 
 
-class MMSSL(MultimodalModel):
+class MMSSL(WrittenGraphs):
     """Adversarial structure learning and cross-modal contrast beside BPR.
 
     Wei et al. 2023 (arXiv 2302.10632). U_m = R W_m x_m, V_m = R^T U_m; for a batch's users the rows U_m V_m^T without
     known items, at unit length, should look to a critic (Wasserstein, gradient penalty ``penalty_weight``) like their
-    rows of events softened by Gumbel noise plus the model's own scores. The ``top`` items of every user by U_m V_m^T,
-    chosen once an epoch, are a graph a modality; IDs over it, mixed over the modalities by attention, are added to the
-    IDs times ``id_weight`` before LightGCN, and unit U_m, V_m times ``content_weight`` after it. ``contrast_weight``
-    times the InfoNCE of the users over each modality's graph and their final vectors. An absent modality is zero.
+    rows of events softened by Gumbel noise plus the model's own scores. The ``top`` items of every user by U_m V_m^T
+    that it has not taken, chosen once an epoch, are a graph a modality; IDs over it, mixed over the modalities by
+    attention, are added to the IDs times ``id_weight`` before LightGCN, and unit U_m, V_m times ``content_weight``
+    after it. ``contrast_weight`` times the InfoNCE of the users over each modality's graph and their final vectors,
+    negatives from both. An absent modality is zero; an item without an event has no vector: content comes in through
+    users. The critic's first layers have I^2 / 4 + I^2 / 32 weights, as published, and are not saved with a model.
     Departures: critic and model take their steps together, each term with the other's part held still; attention works
     (in the published code it is one linear map, and the modalities' graphs are empty but for the first steps of an
     epoch); no softmax over coordinates at the end of the graph; LightGCN's normalisation; leaky rectifiers and layer
-    norm in the critic.
+    norm in the critic, no dropout and no sigmoid (published: 100 times a sigmoid); no penalty of the features' squares.
     """
 
+    supports_cold_items: ClassVar[bool] = False
     penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
 
     def __init__(
@@ -67,14 +70,14 @@ class MMSSL(MultimodalModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.top, self.dropout, self.temperature = min(top, self.n_items), dropout, temperature
+        self.dropout, self.temperature = dropout, temperature
         self.id_weight, self.content_weight, self.contrast_weight = id_weight, content_weight, contrast_weight
         self.adversarial_weight, self.penalty_weight = adversarial_weight, penalty_weight
         self.maps = self.linear_each(dim)
         self.attention = nn.MultiheadAttention(dim, heads, bias=False, batch_first=True)
         self.to_users, self.to_items = (Propagation(m) for m in _both(normalised_events(train)))
         if adversarial_weight:
-            wide = max(self.n_items // 4, 1), max(self.n_items // 8, 1)
+            wide = max(self.n_items // 4, 8), max(self.n_items // 8, 4)
             self.critic = nn.Sequential(
                 nn.Linear(self.n_items, wide[0]),
                 nn.LeakyReLU(),
@@ -83,42 +86,37 @@ class MMSSL(MultimodalModel):
                 nn.LeakyReLU(),
                 nn.Linear(wide[1], 1, bias=False),  # it would cancel
             )
-        for column in range(len(self.modalities)):
-            self.register_buffer(f"chosen{column}", torch.zeros(self.n_users, self.top, dtype=torch.long))
-        self._choose()
+        self._start(min(top, self.n_items))
+        self.rewrite()
+        self._link()
 
     # -- the graphs of an epoch ----------------------------------------------------------------------------------------
 
-    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
-        if not resumed:
-            self._choose()
-        else:
-            self._link()
-
-    @torch.no_grad()
-    def _choose(self) -> None:
-        for column, told in enumerate(self.through(self.maps)):
+    def write(self) -> list[Tensor]:
+        chosen = []
+        for told in self.through(self.maps):
             users = self.to_users(told)
-            items = self.to_items(users)
-            near = [(part @ items.T).topk(self.top, dim=1).indices for part in users.split(1024)]
-            self.get_buffer(f"chosen{column}").copy_(torch.cat(near))
-        self._link()
+            items, near = self.to_items(users), []
+            for some in torch.arange(self.n_users).split(1024):
+                known = torch.from_numpy(self.train_data.csr[some.numpy()].toarray() > 0).to(items.device)
+                scores = (users[some] @ items.T).masked_fill(known | ~self.warm, float("-inf"))
+                near.append(scores.topk(min(int(self.config["top"]), self.n_items), dim=1).indices)
+            chosen.append(torch.cat(near))
+        return chosen
 
-    def _link(self) -> None:
-        graphs = []
-        for column in range(len(self.modalities)):
-            chosen = self.get_buffer(f"chosen{column}").cpu().numpy()
-            users = np.repeat(np.arange(self.n_users), self.top)
-            some = self.known.cpu().numpy()[users]
-            cells = np.ones(int(some.sum()), dtype=np.float32), (users[some], chosen.ravel()[some])
-            matrix = sp.csr_matrix(cells, shape=(self.n_users, self.n_items))
-            degree = [np.maximum(np.asarray(matrix.sum(axis=a)).ravel(), 1) ** -0.5 for a in (1, 0)]
-            graphs += [Propagation(m) for m in _both((sp.diags(degree[0]) @ matrix @ sp.diags(degree[1])).tocsr())]
-        self.links = nn.ModuleList(graphs).to(self.device)
+    def linked(self, chosen: sp.csr_matrix) -> list[Propagation]:
+        degree = [np.maximum(np.asarray(chosen.sum(axis=a)).ravel(), 1) ** -0.5 for a in (1, 0)]
+        return [Propagation(m) for m in _both((sp.diags(degree[0]) @ chosen @ sp.diags(degree[1])).tocsr())]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._link()
+    def with_catalog(self, catalog: Catalog) -> Self:
+        other = super().with_catalog(catalog)
+        other.rewrite()  # by its own features
+        other._link()
+        return other
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved: not the critic, which no score reads."""
+        return {k: v for k, v in super().weights().items() if not k.startswith("critic.")}
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
@@ -158,6 +156,7 @@ class MMSSL(MultimodalModel):
                     encoded.users[users],
                     temperature=self.temperature,
                     both_ways=False,
+                    within=True,
                 )
                 for m in self.modalities
             ]

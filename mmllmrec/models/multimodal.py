@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from mmllmrec.encoders.graph import LightGraph, Propagation, normalised_adjacenc
 from mmllmrec.encoders.item_graph import cosines, item_graph, mixed, nearest, weighted_sum
 from mmllmrec.encoders.views import keep_edges, noised
 from mmllmrec.features.table import FeatureTable
-from mmllmrec.losses import l2
+from mmllmrec.losses import l2, mean_squares
 from mmllmrec.models.content import ContentModel
 from mmllmrec.models.graphs import Encoded, EncodedModel
 from mmllmrec.models.vectors import rows_of
@@ -75,6 +76,12 @@ class MultimodalModel(EncodedModel, ContentModel):
         else:
             shares = _shares(self.config.get("shares"), len(each))
             self.item_graph = Propagation(mixed(each, features.presence, shares))
+
+    def smoothed(self, items: Tensor) -> Tensor:
+        """S ... S x, ``item_layers`` times over the frozen item graph: (I, D) -> (I, D)."""
+        for _ in range(int(self.config["item_layers"])):
+            items = self.item_graph(items)
+        return items
 
     def ids(self) -> tuple[Tensor, Tensor]:
         """Embeddings of users (U, D) and items (I, D), zero where no training event moved them."""
@@ -156,8 +163,8 @@ class ModalModel(MultimodalModel):
     def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
         terms = {self.loss_name: self.ranked(batch, vectors)}
         if self.reg and self.loss_name == "bpr":
-            squares = [e.preference[batch.users].square().mean() for e in self.encoders]  # type: ignore[union-attr, index, operator]
-            terms["reg"] = self.reg * torch.stack([*squares, self.personal.square().mean()]).sum()
+            preferences = (e.preference[batch.users] for e in self.encoders)  # type: ignore[union-attr, index]
+            terms["reg"] = self.reg * mean_squares(*preferences, self.personal)
         return terms
 
 
@@ -167,7 +174,8 @@ class LearnedGraph(nn.Module):
     A_m = keep S_m + (1 - keep) L(cosines of W_m x to the ``neighbours`` nearest), S_m the same graph of x itself and L
     the normalisation by row sums (``encoders.item_graph``): Zhang et al. 2021 (LATTICE, arXiv 2104.09036), negative
     cosines cut at 0 as in the paper. Who is near is chosen once an epoch (``choose``), how near is computed, with a
-    gradient, in every step; the published code computes both in an epoch's first step alone.
+    gradient, in every step; the published code computes both in an epoch's first step alone, and mixes the learned
+    graphs before it normalises them, where here, as in the paper, each is normalised.
     """
 
     def __init__(self, model: MultimodalModel, *, dim: int, neighbours: int, keep: float):
@@ -189,12 +197,12 @@ class LearnedGraph(nn.Module):
         told = model.through(self.maps)
         return [nearest(x, self.k, present=model.present(m))[0] for m, x in zip(model.modalities, told, strict=True)]
 
-    def forward(self, model: MultimodalModel, x: Tensor) -> list[Tensor]:
-        """x (I, D) over each modality's graph: a list of (I, D). Neighbours are chosen anew outside training."""
+    def forward(self, model: MultimodalModel, each: Sequence[Tensor]) -> list[Tensor]:
+        """A modality's x (I, D) over its graph: M of them -> as many. Neighbours are chosen anew outside training."""
         told = model.through(self.maps)
         chosen = [self.get_buffer(f"near{c}") for c in range(len(told))] if self.training else self._nearest(model)
         found = []
-        for m, rows, near, frozen in zip(model.modalities, told, chosen, model.modal_graphs, strict=True):
+        for m, x, rows, near, frozen in zip(model.modalities, each, told, chosen, model.modal_graphs, strict=True):
             present = model.present(m)
             values = cosines(rows, near).clamp(min=0.0) * (present[:, None] & present[near])
             half = values.sum(dim=1).clamp(min=1e-12).rsqrt() * present
@@ -241,6 +249,59 @@ class PrunedGraph(EncodedModel):
         """The epoch's sample in training; None, all events, elsewhere."""
         sampled: Any = self._modules.get("sampled") if self.training else None
         return sampled  # type: ignore[no-any-return]
+
+
+class WrittenGraphs(MultimodalModel):
+    """A model with a user-item graph a modality of its own making: MMSSL, DiffMM.
+
+    ``written{m}`` (U, top): items of each user, chosen once an epoch, saved with the weights; -1 where none. ``links``
+    are what ``linked`` makes of them. A subclass defines ``write`` and ``linked``, and calls ``_start`` when it is
+    made.
+    """
+
+    def _start(self, top: int) -> None:
+        for column in range(len(self.modalities)):
+            self.register_buffer(f"written{column}", torch.full((self.n_users, top), -1))
+        self._link()
+
+    @abstractmethod
+    def write(self) -> list[Tensor]:
+        """Items of each user, (U, top) a modality, by the weights as they are."""
+
+    @abstractmethod
+    def linked(self, chosen: sp.csr_matrix) -> list[Propagation]:
+        """What to multiply by, of one modality's chosen items, (U, I) of ones."""
+
+    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        if not resumed:
+            self.rewrite()
+        self._link()
+
+    def with_catalog(self, catalog: Catalog) -> Self:
+        other = super().with_catalog(catalog)
+        for column in range(len(self.modalities)):  # its own to write
+            other.register_buffer(f"written{column}", self.get_buffer(f"written{column}").clone())
+        return other
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        for column, items in enumerate(self.write()):
+            self.get_buffer(f"written{column}").copy_(items)
+
+    def _link(self) -> None:
+        graphs = []
+        users = np.repeat(np.arange(self.n_users), self.get_buffer("written0").shape[1])
+        known = self.known.cpu().numpy()[users]
+        for column in range(len(self.modalities)):
+            items = self.get_buffer(f"written{column}").cpu().numpy().ravel()
+            some = known & (items >= 0)
+            cells = np.ones(int(some.sum()), dtype=np.float32), (users[some], items[some])
+            graphs += self.linked(sp.csr_matrix(cells, shape=(self.n_users, self.n_items)))
+        self.links = nn.ModuleList(graphs).to(self.device)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._link()  # the graphs are those of the items that were loaded
 
 
 class SideModel(MultimodalModel):

@@ -37,6 +37,7 @@ class PGL(MultimodalModel, PrunedGraph):
     ``prune`` of them left out by degree; ``"global"``: from the leading ``rank`` singular triples s, U, V of the
     adjacency, the sum of s_j s_(rank-q+j) U_j V_j over the q = rank / 4 leading ones, entries below 1e-3 zero, built
     once. BPR, and ``contrast_weight`` times the InfoNCE of two dropout copies of the batch's users, and of its items.
+    ``shares`` (M,): how much each modality counts in the item graph, alike by default (published: 0.1 image, 0.9 text).
     An item without any content is zero before the graph. Departures: features are frozen (``trained_features=True``
     trains the tables, as published); nodes are de-duplicated before the contrast.
     """
@@ -68,7 +69,7 @@ class PGL(MultimodalModel, PrunedGraph):
         super().__init__(train, **arguments(locals()))
         if subgraph not in SUBGRAPHS:
             raise DataError(f"subgraph={subgraph!r}: one of {SUBGRAPHS}")
-        self.item_layers, self.contrast_weight = item_layers, contrast_weight
+        self.contrast_weight = contrast_weight
         self.dropout, self.temperature = dropout, temperature
         self.prune = prune if subgraph == "local" else 0.0
         self.preferences = nn.ParameterList(torch.empty(self.n_users, dim) for _ in self.modalities)
@@ -85,11 +86,8 @@ class PGL(MultimodalModel, PrunedGraph):
             for m, layer in zip(self.modalities, self.maps, strict=True)
         ]
         content = torch.cat(told, dim=1)
-        smoothed = content
-        for _ in range(self.item_layers):
-            smoothed = self.item_graph(smoothed)
         users, items = self.graph(users, content, through=self.through_graph)
-        return Encoded(users, items + smoothed)
+        return Encoded(users, items + self.smoothed(content))
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``contrast``: the same node under two draws of dropout."""

@@ -67,6 +67,12 @@ class SelfCF(EncodedModel):
         present = self.known[:, None], self.warm[:, None]  # the bias of the predictor is nobody's taste
         return Encoded(both[0] * present[0], both[1] * present[1])
 
+    def _folded(self, users: Tensor, items: Tensor) -> Tensor:
+        if self.history is None:
+            return users
+        first, second = items.chunk(2, dim=1)  # a user's halves are the other way round: [p(H); H]
+        return super()._folded(users, torch.cat([second, first], dim=1))
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``bootstrap``: both directions."""
         users, items = self.graph(*self.trained(self.users.weight, self.items.weight))

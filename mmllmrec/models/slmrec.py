@@ -74,8 +74,9 @@ class SLMRec(MultimodalModel):
         out_users, out_items = self.graph(users.repeat(1, len(each)), torch.cat(each, dim=1))
         out_users, out_items = rows_of(out_users, some_users), rows_of(out_items, some_items)
         channels = torch.stack(out_items.split(self.dim, dim=1))
-        joined = self.join_users(out_users) * self.known[some_users, None], self.join_items(out_items)
-        return Encoded(*joined, {"channels": channels})
+        here = self.warm | self.all_present().any(dim=1)  # elsewhere is the join's bias alone
+        users = self.join_users(out_users) * self.known[some_users, None]
+        return Encoded(users, self.join_items(out_items) * here[some_items, None], {"channels": channels})
 
     def auxiliary(self, batch: Batch, encoded: Encoded) -> dict[str, Tensor]:
         """``alignment``: each modality's channel in the space that it shares with those before it."""

@@ -42,8 +42,8 @@ class SMORE(SideModel):
     weighed by softmax over the coordinates of a query of the fused view; C = LightGCN's encoder; side Y = mean over
     views of sigmoid(P_c C + p_c) * view, with ``dropout`` of the gates; vectors C + Y. BPR, ``reg`` times ``losses.l2``
     of the batch's final vectors, ``contrast_weight`` times the InfoNCE of Y against C. A modality an item lacks has no
-    view there, and a product of spectra is of those it has. Departures: features are frozen (``trained_features=True``
-    trains the tables, as published); nodes are de-duplicated before the contrast.
+    view there (a zero in the mean), and a product of spectra is of those it has. Departures: features are frozen
+    (``trained_features=True`` trains the tables, as published); nodes are de-duplicated before the contrast.
     """
 
     def __init__(

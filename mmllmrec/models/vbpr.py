@@ -22,7 +22,8 @@ class VBPR(ContentModel):
     """score(u, i) = gamma_u . gamma_i + theta_u . (E f_i), He and McAuley 2016, eq. 4.
 
     f_i are all modalities' features side by side (``ContentModel``), an absent one zero (E has no bias, so it adds
-    nothing). An item without a training event has its ID absent, gamma_i = 0, and is scored by content alone. ``dim``
+    nothing). An item without a training event has its ID absent, gamma_i = 0, and is scored by content alone; under BPR
+    a user without one keeps its random start. ``dim``
     is the width of each of the two halves; ``reg`` weighs the norms of the batch's embeddings
     (``losses.embedding_norm``). With ``loss="softmax"`` the cosine is of both halves together. Departures: several
     modalities; biases beta_i and beta' f_i only with ``bias=True`` (a cosine has no place for them: BPR alone);

@@ -120,7 +120,7 @@ class VectorModel(Recommender):
             return {"softmax": self.ranked(batch, vectors)}
         assert batch.negatives is not None
         rows = vectors(batch.users, batch.items, batch.negatives)
-        terms = {"bpr": _bpr(*rows)}
+        terms = {"bpr": self.pairwise(*rows)}
         if self.reg:
             terms["reg"] = self.reg * self.penalty(*self.penalised(batch, *rows))
         return terms
@@ -136,7 +136,8 @@ class VectorModel(Recommender):
         if self.log_scale is None:
             assert batch.negatives is not None
             rows = vectors(batch.users, batch.items, batch.negatives)
-            return _bpr(*rows, mask=None if present is None else present[batch.items, None] & present[batch.negatives])
+            mask = None if present is None else present[batch.items, None] & present[batch.negatives]
+            return self.pairwise(*rows, mask=mask)
         found = in_batch(self.train_data, batch, same=self.same)
         p, q = vectors(batch.users, found.items)
         if present is None:
@@ -146,6 +147,10 @@ class VectorModel(Recommender):
             return (p.sum() + q.sum()) * 0.0
         kept = replace(found, target=found.target[some], mask=(found.mask | ~present[found.items])[some])
         return cosine_softmax(unit(p[some]), unit(q), kept, log_scale=self.log_scale)
+
+    def pairwise(self, u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """BPR of users (B, D), positives (B, D) and negatives (B, K, D), of the pairs in ``mask`` (B, K) -> ()."""
+        return losses.bpr((u * i).sum(-1), (u[:, None] * j).sum(-1), mask=mask)
 
     def log_candidates(self, batch: Batch) -> float:
         """log of the number of candidates a positive is picked from: the loss of a model that knows nothing."""
@@ -176,8 +181,8 @@ class VectorModel(Recommender):
         """Users (U, D), those with events of ``history`` that training did not have replaced by means of items."""
         if self.history is None:
             return users
-        changed = torch.from_numpy(np.diff((self.history != self.train_data.csr).tocsr().indptr) > 0).to(users.device)
-        return torch.where(changed[:, None], means_of(self.history, items), users)
+        others = torch.from_numpy(changed(self.history, self.train_data)).to(users.device)
+        return torch.where(others[:, None], means_of(self.history, items), users)
 
 
 def rows_of(table: Tensor, which: Tensor | slice) -> Tensor:
@@ -204,8 +209,9 @@ def batch_rows(batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tens
     return rows_of(users, batch.users), taken, others
 
 
-def _bpr(u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    return losses.bpr((u * i).sum(-1), (u[:, None] * j).sum(-1), mask=mask)
+def changed(history: sparse.csr_matrix, train: Interactions) -> np.ndarray:
+    """Which users have other events in ``history`` (U, I) than in training: (U,) bool."""
+    return np.diff((history != train.csr).tocsr().indptr) > 0
 
 
 def means_of(events: sparse.csr_matrix, items: Tensor) -> Tensor:
