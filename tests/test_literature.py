@@ -47,7 +47,7 @@ def test_a_search_belongs_to_its_split(world, tmp_path):
     some = ("ItemKNN", "LightGCN")
     for kind in ("cold_items", "random_per_user"):
         bench.survey(**asked, folder=tmp_path / kind, kind=kind, systems=some)
-    assert {p.name for p in (tmp_path / "tuned" / world.name / "random_per_user").iterdir()} >= set(some)
+    assert {p.name for p in (tmp_path / "tuned" / world.name / "survey" / "random_per_user").iterdir()} >= set(some)
 
 
 def test_what_is_not_known_is_refused(world):

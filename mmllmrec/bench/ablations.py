@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmllmrec.bench.literature import FIT, builder
+from mmllmrec.bench.literature import builder, fit_of
 from mmllmrec.bench.rows import setup
 from mmllmrec.bench.run import Entry, Summary, over_seeds
 from mmllmrec.data import splits
@@ -23,39 +23,48 @@ OFF: dict[str, dict[str, dict[str, Any]]] = {
     "SimGCL": {"no contrast": {"weight": 0.0}},
     "LayerGCN": {"no pruning": {"prune": 0.0}},
     "SelfCF": {"no perturbed target": {"dropout": 0.0}},
-    "MMGCN": {"IDs that do not train": {"train_ids": False}},
-    "GRCN": {"no routing": {"routing": 0}, "no pruned edges": {"prune_edges": False}},
-    "DualGNN": {"one companion": {"companions": 1}},
+    "MMGCN": {"IDs and preferences that do not train, as published": {"train_ids": False}},
+    "GRCN": {"no routing": {"routing": 0}},
+    "DualGNN": {"no companions": {"companions": 0}},
     "LATTICE": {"no item graph": {"item_layers": 0}, "a frozen item graph": {"keep": 1.0}},
     "MICRO": {"no contrast": {"contrast_weight": 0.0}},
     "SLMRec": {"no alignment": {"alignment_weight": 0.0}},
-    "BM3": {"no content": {"content_weight": 0.0}},
+    "BM3": {"no content loss": {"content_weight": 0.0}},
     "MMSSL": {"no contrast": {"contrast_weight": 0.0}, "no adversary": {"adversarial_weight": 0.0}},
     "FREEDOM": {
         "no item graph": {"item_layers": 0},
         "no pruning": {"prune": 0.0},
-        "no content": {"content_weight": 0.0},
+        "no content loss": {"content_weight": 0.0},
     },
     "MGCN": {"no contrast": {"contrast_weight": 0.0}},
-    "DRAGON": {"no item graph": {"item_layers": 0}},
-    "LGMRec": {"no hyperedges": {"global_weight": 0.0}, "no contrast": {"contrast_weight": 0.0}},
-    "DiffMM": {"no contrast": {"contrast_weight": 0.0}},
+    "DRAGON": {"no item graph": {"item_layers": 0}, "no companions": {"companions": 0}},
+    "LGMRec": {
+        "no hyperedges": {"global_weight": 0.0, "contrast_weight": 0.0},
+        "no contrast": {"contrast_weight": 0.0},
+    },
+    "DiffMM": {
+        "no written graphs": {"graph_weight": 0.0, "contrast_weight": 0.0},
+        "no contrast": {"contrast_weight": 0.0},
+    },
     "MENTOR": {
-        "no mask": {"mask_weight": 0.0},
-        "a mask that does not train": {"train_mask": False},
+        "a mask that does not train, as published": {"train_mask": False},
         "no graph contrast": {"graph_weight": 0.0},
         "no alignment": {"align_weight": 0.0},
     },
     "SMORE": {"no contrast": {"contrast_weight": 0.0}},
     "PGL": {"the whole graph": {"prune": 0.0}, "no contrast": {"contrast_weight": 0.0}},
-    "COHESION": {"no item graph": {"item_layers": 0}},
+    "COHESION": {"no item graph": {"item_layers": 0}, "no companions": {"companions": 0}},
     "DAMRS": {"no preference": {"preference_weight": 0.0}, "no relation": {"relation_weight": 0.0}},
     "AlignRec": {
         "no contrast": {"contrast_weight": 0.0},
         "no similarity": {"similarity_weight": 0.0},
         "no user-item term": {"user_item_weight": 0.0},
     },
-    "LLMRec": {"no content": {"content_weight": 0.0}, "no mask": {"mask_weight": 0.0}},
+    "LLMRec": {
+        "no profiles": {"profile_weight": 0.0},
+        "no content path": {"content_weight": 0.0},
+        "no mask": {"mask_weight": 0.0},
+    },
 }
 
 
@@ -82,17 +91,19 @@ def ablations(
     asked = setup(data, path)
     entries = []
     for name in systems:
-        entries.append(Entry(name, builder(name, asked), FIT))
+        variants = {name: {}, **{f"{name}, {idea}": options for idea, options in OFF[name].items()}}
         entries += [
-            Entry(f"{name}, {idea}", builder(name, asked, **options), FIT) for idea, options in OFF[name].items()
+            Entry(title, builder(name, asked, **options), fit_of(name), about=[options, asked.data.catalog.hash])
+            for title, options in variants.items()
         ]
     summary = over_seeds(
         "ablations",
-        lambda seed: splits.SPLITS[kind](asked.data, seed=seed),
+        lambda seed: splits.by_name(kind, asked.data, seed=seed),
         entries,
         seeds=seeds,
         folder=Path(folder),
         quick=quick,
+        command=f"mmllmrec bench ablations --data {asked.name or asked.data.name} --split {kind} --seeds {seeds}",
     )
     return summary, changes(summary, systems)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from safetensors import safe_open
 
+from mmllmrec.bench.run import fewer
 from mmllmrec.evaluation.protocols import harmonic
 from mmllmrec.evaluation.report import HARMONIC
 from mmllmrec.evaluation.significance import clustered_bootstrap, first_row, holm, over_seeds
@@ -89,7 +90,7 @@ class Answer:
         known = {(one["system"], one["row"], one["metric"]): one for one in self.frame.to_dict("records")}
         lines: dict[str, dict[str, str]] = {}
         for system in self.frame["system"].unique():
-            cells = {c.title: _cell(known.get((system, c.row, c.metric)), c) for c in columns}
+            cells = {c.title: _cell(known.get((system, c.row, c.metric)), c, self.frame) for c in columns}
             if any(v != "-" for v in cells.values()):
                 lines[str(system)] = cells
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("system")
@@ -102,6 +103,14 @@ class Answer:
         part = part.assign(place=part["row"].map(names))
         return part.pivot(index="system", columns="place", values="mean").loc[part["system"].unique()]
 
+    @property
+    def covers(self) -> str:
+        """What the intervals of the verdicts cover."""
+        seeds = int(self.frame["seeds"].max())
+        if seeds == 1:
+            return "users resampled: of one division of the data and one start of each, which intervals leave out"
+        return f"users resampled, each user's mean over the {seeds} seeds: which seeds they were is left out"
+
     def told(self) -> list[str]:
         """The verdicts as sentences, and the notes."""
         return [_sentence(v) for v in self.verdicts.to_dict("records")] + self.notes
@@ -112,7 +121,7 @@ class Answer:
             parts += [f"{heading}\n{self.table(heading).to_string()}" for heading in self.layout.tables]
         told = self.told()
         if told:
-            parts.append("\n".join(["verdicts (users resampled, clustered over seeds; p Holm-corrected)", *told]))
+            parts.append("\n".join([f"verdicts ({self.covers}; p Holm-corrected)", *told]))
         return "\n\n".join(parts) + f"\n\nrun card: {self.path}"
 
     def plot(self) -> Any:
@@ -166,13 +175,13 @@ class Answer:
         return f"<h4>{self.title}</h4>{''.join(parts)}<ul>{''.join(f'<li>{t}</li>' for t in self.told())}</ul>"
 
 
-def _cell(one: dict[Any, Any] | None, column: Column) -> str:
+def _cell(one: dict[Any, Any] | None, column: Column, frame: pd.DataFrame) -> str:
     if one is None:
         return "-"
     if column.of_oracle:
         return "-" if one["of oracle"] is None else f"{one['of oracle']:.0%}"
     spread = "" if one["std"] is None or column.row == COST else f" ±{one['std']:.{column.digits}f}"
-    return f"{one['mean']:,.{column.digits}f}{spread}"
+    return f"{one['mean']:,.{column.digits}f}{spread}{fewer(one, frame)}"
 
 
 def judge(claims: Sequence[Claim], frame: pd.DataFrame, cards: Sequence[RunCard], folder: Path) -> pd.DataFrame:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from mmllmrec.bench.answer import COST, Answer, Claim, Layout, judge
 from mmllmrec.bench.rows import COLD_COST, REFERENCE, Row, Setup
-from mmllmrec.bench.run import METRICS, Entry, card_of, frame_of, run_seed
+from mmllmrec.bench.run import METRICS, Entry, Progress, card_of, frame_of, over, run_seed
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
@@ -42,9 +41,11 @@ class Budget:
 @dataclass(frozen=True)
 class Question:
     """A comparison: its rows, the split of a seed, scorers beside the rows (``beside``, or what makes them of a seed's
-    runs), further metrics of a seed's runs (``more``), the claims that are judged, and sentences on the finished answer
-    (``notes``). ``first`` is the system whose controls at test are rows; ``about`` is what else decides the numbers.
-    Settings are searched on the validation part of ``search``'s split."""
+    runs), further metrics of a seed's runs (``more``, which gets them as their searches ranked them), the claims that
+    are judged, and sentences on the finished answer (``notes``). ``first`` is the system whose controls at test are
+    rows; ``about`` is what else decides the numbers, and ``options`` what else the command was asked with. Settings are
+    searched on the validation part of ``search``'s split; ``searches`` is a folder of their own, for questions that
+    share none with others. ``shows_unified``: the title says how Unified reads."""
 
     name: str
     title: str
@@ -59,6 +60,9 @@ class Question:
     notes: Callable[[Answer], list[str]] = field(default=lambda answer: [])
     search: Callable[[RecDataset], Split] = field(default=lambda data: splits.cold_items(data, seed=0))
     about: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    searches: str = ""
+    shows_unified: bool = True
 
 
 def ask(
@@ -84,12 +88,14 @@ def ask(
         raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
     rows, place = question.rows, Path(folder)
     searched = {r.search for r in (REFERENCE, *rows) if r.space}
-    bar = tqdm(total=len(searched) + seeds * len(rows), desc=question.name, disable=None)
+    bar = Progress(question.name, len(searched) + seeds * len(rows))
     fits = _Fits(rows, asked.data, budget)
-    _search(fits, question.search(asked.data), quick, bar)
+    split = question.search(asked.data)
+    _search(fits, split, question.searches, quick, bar)
     tuned = fits.tuned
-    command = f"mmllmrec bench {question.name} --data {asked.data.name} --seeds {seeds} --trials {budget.trials}"
-    command += f" --minutes {budget.minutes:g}" if budget.minutes is not None else ""
+    command = f"mmllmrec bench {question.name} --data {asked.name or asked.data.name} --seeds {seeds}"
+    command += f" --trials {budget.trials}" + (f" --minutes {budget.minutes:g}" if budget.minutes is not None else "")
+    command += "".join(f" --{option} {value!r}" for option, value in question.options.items() if value)
     command += f" --vision {asked.vision}" if asked.vision else ""
 
     def one(seed: int) -> Any:
@@ -109,19 +115,17 @@ def ask(
         about |= question.about
 
         def more(runs: Mapping[str, Any], report: Any) -> dict[str, list[float]]:
+            searches = {r.name: tuned[r.search] for r in rows}
             found = {f"{n} | {COST} | {what}": [v] for n, run in runs.items() for what, v in _costs(run).items()}
+            found |= {f"{n} | {COST} | trials": [float(s.card.settings["trials run"])] for n, s in searches.items()}
             if {"warm", "cold"} <= set(report.rows):
                 for name in report.names:
                     for metric in METRICS[:2]:
                         found[f"{name} | {HARMONIC} | {metric}"] = [report.mean(name, HARMONIC, metric)]
-            return found | question.more(split, runs, seed)
-
-        def done(name: str) -> None:
-            bar.set_description(f"{question.name}: seed {seed}, {name}")
-            bar.update()
+            ranked = dict(sorted(runs.items(), key=lambda one: -searches[one[0]].score))
+            return found | question.more(split, ranked, seed)
 
         where, beside = place / f"seed{seed}", question.beside
-        fresh = bar.n
         card = run_seed(
             split,
             entries,
@@ -133,10 +137,9 @@ def ask(
             about=about,
             places={r.name: fits.place(r, split, seed) for r in rows},
             quick=quick,
-            done=done,
+            bar=bar,
             command=command,
         )
-        bar.update(len(rows) - (bar.n - fresh))  # a seed that was only read
         return card
 
     cards = [one(seed) for seed in range(seeds)]
@@ -145,8 +148,8 @@ def ask(
     metrics |= {c.metric for columns in question.layout.tables.values() for c in columns}
     frame = frame_of(cards, metrics)
     verdicts = judge(question.claims, frame, cards, place)
-    reads = f"{asked.preset}, {asked.trainer.replace('_', ' ')}"
-    title = f"{question.title} {asked.data.name}, mean ± std over {seeds} seeds (Unified: {reads})"
+    title = f"{question.title} {asked.data.name}, {over(seeds)}"
+    title += f" (Unified: {asked.preset}, {asked.trainer.replace('_', ' ')})" if question.shows_unified else ""
     answer = Answer(title, frame, verdicts, [], question.layout, place / "card.json")
     answer.notes = question.notes(answer)
     settings = {
@@ -204,8 +207,8 @@ class _Fits:
 
         seed_everything(seed)
         model = row.build(split, made, **self.tuned[row.search].options)
-        where, shown = self.place(row, split, seed), sys.stderr.isatty()
-        return fit(model, split, seed=seed, folder=where, progress=shown, **self.settings(row, room))
+        where = self.place(row, split, seed)
+        return fit(model, split, seed=seed, folder=where, progress=sys.stderr.isatty(), **self.settings(row, room))
 
     def room(self, split: Split, seed: int) -> dict[str, float]:
         """The keywords of ``fit`` that say how much room new items get on a split; kept beside the reference's fit."""
@@ -217,12 +220,12 @@ class _Fits:
         return found
 
 
-def _search(fits: _Fits, split: Split, quick: int | None, bar: Any) -> None:
-    """Make every search of the rows on a split, into ``fits.tuned``."""
+def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Progress) -> None:
+    """Make every search of the rows on a split, into ``fits.tuned``; ``folder`` is one of their own, or empty."""
     from mmllmrec.training.tune import tune
 
     budget = fits.budget
-    place = budget.folder / fits.data.name
+    place = budget.folder / fits.data.name / folder
     place = place if split.name == "cold_items" else place / split.name
     made: dict[str, Any] = {}
     room: dict[str, Any] = {}
@@ -235,7 +238,7 @@ def _search(fits: _Fits, split: Split, quick: int | None, bar: Any) -> None:
     for row in fits.by_name.values():
         if not row.space:
             continue
-        bar.set_description(f"tune {row.search}")
+        bar.begin(f"tune {row.search}")
         first = {name: fitted(name) for name in row.after}
         option, values = row.choices or ("", ())
         # every choice at the first start, and every other start with the first choice
@@ -250,19 +253,24 @@ def _search(fits: _Fits, split: Split, quick: int | None, bar: Any) -> None:
         def build(split: Split, row: Row = row, first: Any = first, **options: Any) -> Any:
             return row.build(split, first, **options)
 
-        fits.tuned[row.search] = tune(
-            build,
-            split,
-            space=space,
-            settings=settings,
-            start=starts,
-            trials=budget.trials + max(len(values) - 1, 0),
-            minutes=budget.minutes,
-            folder=place / row.search,
-            progress=sys.stderr.isatty(),
-        )
+        try:
+            found = tune(
+                build,
+                split,
+                space=space,
+                settings=settings,
+                start=starts,
+                trials=budget.trials + max(len(values) - 1, 0),
+                minutes=budget.minutes,
+                folder=place / row.search,
+                progress=bar.shown,
+            )
+        except DataError as error:
+            why = "the room of new items follows the reference's score, and so its budget" if room else ""
+            raise DataError(f"{error}; {why + ': ' if why else ''}give another folder of searches (--tuned)") from None
+        fits.tuned[row.search] = found
         room = room or fits.room(split, 0)
-        bar.update()
+        bar.end(f"{found.score:.4f} on validation in {found.card.settings['trials run']} trials")
 
 
 def _costs(run: Any) -> dict[str, float]:

@@ -102,9 +102,20 @@ def parity(
             options["trained_features"] = True
         return lambda split, made: kind(split.train, **options)
 
-    entries = [Entry(name, build(name), PARITY) for name in systems]
+    read = features.hash
+    entries = [
+        Entry(name, build(name), PARITY, about=[dict(SYSTEMS[name].ours), SYSTEMS[name].trained, read])
+        for name in systems
+    ]
     summary = over_seeds(
-        "parity", lambda s: splits.given(data), entries, seeds=seeds, folder=Path(folder), mask="train", quick=quick
+        "parity",
+        lambda s: splits.given(data),
+        entries,
+        seeds=seeds,
+        folder=Path(folder),
+        mask="train",
+        quick=quick,
+        command=f"mmllmrec bench parity --seeds {seeds}",
     )
     return summary, beside(summary, peer) if peer is not None else pd.DataFrame()
 

@@ -28,7 +28,13 @@ def quickstart(
     entries = [entry(s) for s in systems]
     entries[-1] = replace(entries[-1], controls=entries[-1].name == "Unified")
     return over_seeds(
-        "quickstart", lambda s: splits.cold_items(data, seed=s), entries, seeds=seeds, folder=Path(folder), quick=quick
+        "quickstart",
+        lambda s: splits.cold_items(data, seed=s),
+        entries,
+        seeds=seeds,
+        folder=Path(folder),
+        quick=quick,
+        command=f"mmllmrec bench quickstart --seeds {seeds}",
     )
 
 
@@ -53,9 +59,14 @@ def movielens(
 
     def one(kind: str) -> Summary:
         place = Path(folder) / kind
-        make = splits.SPLITS[kind]
         return over_seeds(
-            f"movielens {kind}", lambda s: make(data, seed=s), entries, seeds=seeds, folder=place, quick=quick
+            f"movielens {kind}",
+            lambda s: splits.by_name(kind, data, seed=s),
+            entries,
+            seeds=seeds,
+            folder=place,
+            quick=quick,
+            command=f"mmllmrec bench movielens --seeds {seeds} --split {kind}",
         )
 
     return [one(kind) for kind in kinds]

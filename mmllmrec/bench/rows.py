@@ -96,6 +96,7 @@ class Setup:
     preset: str
     trainer: str
     vision: str = ""
+    name: str = ""  # what the data was asked for by
     tables: dict[Any, FeatureTable] = field(default_factory=dict, repr=False, compare=False)  # of the split at hand
 
     @property
@@ -157,6 +158,7 @@ def setup(
     and ``vggish`` are kept: ``whisper`` is a second account of the same sound, and the MiniLM table one of the same
     words. ``vision``: see ``Setup``. Raises ``DataError`` for another name.
     """
+    name = data if isinstance(data, str) else ""
     if isinstance(data, str):
         if data not in DATA:
             raise DataError(f"data={data!r}: the questions are asked of {list(DATA)}; pass a RecDataset of yours")
@@ -167,7 +169,7 @@ def setup(
     planted = isinstance(data, Atelier)
     whole = planted and whole if end_to_end is None else end_to_end
     trainer = "end_to_end" if whole else "cached"
-    return Setup(data, "nano" if planted else "minilm", trainer, vision=os.fspath(vision or ""))
+    return Setup(data, "nano" if planted else "minilm", trainer, vision=os.fspath(vision or ""), name=name)
 
 
 def _sound_and_words(data: RecDataset) -> RecDataset:

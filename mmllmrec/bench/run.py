@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
@@ -26,15 +28,50 @@ CLASSICAL = {"epochs": 200, "batch_size": 2048, "lr": 5e-3, "patience": 20}  # o
 SOFTMAX = {**CLASSICAL, "lr": 1e-3, "weight_decay": 1.0}  # of the same under the unified model's loss
 
 
+class Progress:
+    """How far a bench is: a bar where there is a terminal, and a line a step elsewhere, in logs and notebooks."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total, self.n = name, total, 0
+        self.shown = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=name, disable=not self.shown)
+        self.now, self.began = "", time.perf_counter()
+
+    def begin(self, what: str) -> None:
+        """A step begins."""
+        self.now, self.began = what, time.perf_counter()
+        self.bar.set_description(f"{self.name}: {what}")
+
+    def end(self, found: str) -> None:
+        """It is over, with this result."""
+        self.n += 1
+        self.bar.update()
+        if not self.shown:
+            seconds = time.perf_counter() - self.began
+            print(
+                f"{self.name} {self.n}/{self.total}: {self.now}, {found}, {seconds:.0f} s", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def skip(self, steps: int) -> None:
+        """Steps that were only read."""
+        self.n += steps
+        self.bar.update(steps)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A system of a bench: how it is built from a split and the runs of the entries before it, and the keywords of
-    ``fit``. Of the report's first system ``controls`` are rows that read content gone, shuffled, random or noised."""
+    ``fit``. Of the report's first system ``controls`` are rows that read content gone, shuffled, random or noised.
+    ``about`` is what decides its numbers besides: options it is built with, features it reads."""
 
     name: str
     build: Callable[[Split, Mapping[str, Any]], Any]
     settings: dict[str, Any]
     controls: bool | tuple[str, ...] = False
+    about: Any = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +106,7 @@ class Summary:
         for one in part.to_dict("records"):
             line = lines.setdefault(one["system"], {})
             line[one["row"]] = f"{one['mean']:.4f}" + (f" ±{one['std']:.4f}" if one["std"] is not None else "")
+            line[one["row"]] += fewer(one, self.frame)
             if one["of oracle"] is not None:
                 line[f"{one['row']}, of oracle"] = f"{one['of oracle']:.0%}"
         return pd.DataFrame.from_dict(lines, orient="index").fillna("-").rename_axis("system")
@@ -77,6 +115,12 @@ class Summary:
         heading = f"{self.title}\n"
         tables = [f"{metric}\n{self.table(metric).to_string()}" for metric in METRICS[:2]]
         return heading + "\n".join(tables) + f"\nrun card: {self.path}"
+
+
+def fewer(one: Mapping[Any, Any], frame: pd.DataFrame) -> str:
+    """A mark on a cell that is the mean of fewer seeds than others."""
+    total = int(frame["seeds"].max())
+    return f" ({one['seeds']} of {total} seeds)" if one["seeds"] < total else ""
 
 
 def model_of(name: str, split: Split, *, preset: str = "nano", **options: Any) -> Any:
@@ -127,7 +171,7 @@ def run_seed(
     places: Mapping[str, Path] | None = None,
     mask: str = "train+valid",
     quick: int | None = None,
-    done: Callable[[str], Any] | None = None,
+    bar: Progress | None = None,
     command: str = "",
 ) -> RunCard:
     """Fit and test every entry on one split under one seed; the report's card, and the report beside it.
@@ -136,23 +180,27 @@ def run_seed(
     kept in ``folder/model``; ``beside`` are further scorers, or what makes them of the runs by name. ``more`` gets the
     runs and the report, and gives further metrics for the card, ``"system | row | metric": [value, ...]``; ``about`` is
     what they depend on. ``places`` are folders of fits, by name, that lie elsewhere than in ``folder``. ``quick``
-    bounds the epochs (smoke tests); ``done`` is called with the name of each entry when it is fitted; ``command`` is
-    what the card says to run.
+    bounds the epochs (smoke tests); ``bar`` is told of each entry; ``command`` is what the card says to run.
     """
     from mmllmrec.evaluation.report import evaluate
     from mmllmrec.training.fit import fit
 
     asked = {e.name: e.settings | ({"epochs": quick} if quick and e.settings else {}) for e in entries}
-    parts = [asked, split.hash, mask, seed] + ([dict(about)] if about else [])
+    entries_are = {e.name: e.about for e in entries if e.about is not None}
+    parts = [asked, split.hash, mask, seed, *([dict(about)] if about else []), *([entries_are] if entries_are else [])]
     key = content_hash(*parts)
     card_path = folder / "report" / "card.json"
     if card_path.is_file():
         card = RunCard.load(card_path)
         if card.settings.get("bench") != key:
             raise DataError(f"{folder / 'report'} is of other settings or data: pass another folder, or remove it")
+        if bar is not None:
+            bar.skip(len(entries))
         return card
     runs: dict[str, Any] = {}
     for one in entries:
+        if bar is not None:
+            bar.begin(f"seed {seed}, {one.name}")
         # weights are drawn at building: a model must not depend on which others were built before it
         seed_everything(seed)
         model = one.build(split, runs)
@@ -160,8 +208,8 @@ def run_seed(
         place = (places or {}).get(one.name, folder / one.name)
         run = fit(model, split, seed=seed, folder=place, progress=shown, **asked[one.name])
         runs[one.name] = run
-        if done is not None:
-            done(one.name)
+        if bar is not None:
+            bar.end(f"{run.best_score:.4f} on validation")
     named = {name: Named(name, run) for name, run in runs.items()}
     leader = named.pop(first or entries[-1].name)
     controls = next(e.controls for e in entries if e.name == leader.name)
@@ -235,11 +283,16 @@ def card_of(name: str, cards: Sequence[RunCard], frame: pd.DataFrame, **settings
     )
 
 
+def over(seeds: int) -> str:
+    """What a table's cells are, for its title."""
+    return f"mean ± std over {seeds} seeds" if seeds > 1 else "one seed: one division of the data, one start"
+
+
 def summarise(name: str, cards: Sequence[RunCard], folder: Path) -> Summary:
     """``frame_of`` the seeds' cards, written as ``card.json`` and ``table.txt``."""
     frame = frame_of(cards)
     card = card_of(name, cards, frame)
-    summary = Summary(f"{name}: mean ± std over {len(cards)} seeds", frame, folder / "card.json")
+    summary = Summary(f"{name}: {over(len(cards))}", frame, folder / "card.json")
     card.save_with(str(summary), folder)
     return summary
 
@@ -253,11 +306,13 @@ def over_seeds(
     folder: Path,
     mask: str = "train+valid",
     quick: int | None = None,
+    command: str = "",
 ) -> Summary:
     """``run_seed`` for seeds 0, 1, ..., each on its own split, and the summary of them."""
     if seeds < 1:
         raise DataError(f"seeds={seeds}: run at least one")
-    cards = [
-        run_seed(make(s), entries, seed=s, folder=folder / f"seed{s}", mask=mask, quick=quick) for s in range(seeds)
-    ]
+    bar = Progress(name, seeds * len(entries))
+    asked: dict[str, Any] = {"mask": mask, "quick": quick, "bar": bar, "command": command}
+    cards = [run_seed(make(s), entries, seed=s, folder=folder / f"seed{s}", **asked) for s in range(seeds)]
+    bar.close()
     return summarise(name, cards, folder)

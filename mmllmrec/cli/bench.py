@@ -198,7 +198,7 @@ def bench_survey(
     systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; see the table's rows")] = None,
     seeds: Seeds = 3,
     trials: Trials = 4,
-    minutes: Minutes = 3.0,
+    minutes: Minutes = 12.0,
     folder: Folder = Path("runs/survey"),
     tuned: Searches = Path("runs/tuned"),
 ) -> None:

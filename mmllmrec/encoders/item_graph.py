@@ -148,9 +148,12 @@ def top_of_rows(
 def companions(train: Interactions, *, k: int = 40) -> sp.csr_matrix:
     """``user_graph`` with weights that sum to 1: each user's softmax over the numbers in common, (U, U).
 
-    Wang et al. 2021 (DualGNN); also of DRAGON, COHESION. A user who shares nothing has an empty row. Departure: the
-    published code fills short lists up to K by drawing from them again, every epoch; here they are short.
+    Wang et al. 2021 (DualGNN); also of DRAGON, COHESION. ``k=0``: no one has any. A user who shares nothing has an
+    empty row. Departure: the published code fills short lists up to K by drawing from them again, every epoch; here
+    they are short.
     """
+    if k == 0:
+        return sp.csr_matrix((train.n_users, train.n_users), dtype=np.float32)
     graph = user_graph(train, k=k)
     rows = np.repeat(np.arange(train.n_users), np.diff(graph.indptr))
     top = np.full(train.n_users, -np.inf)

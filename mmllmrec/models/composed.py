@@ -38,24 +38,31 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """Layers of act(W mean of neighbours) + act(V x) + x: MMGCN's convolution with the input added to every layer."""
+    """Layers of act(W mean of neighbours) + act(V x) + start: MMGCN's convolution with the input added to every layer.
+    A node that is zero and has no neighbours stays zero."""
 
     def __init__(self, train: Interactions, dim: int, layers: int):
         super().__init__()
         self.means = Propagation(mean_adjacency(train))
         self.neighbour = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
         self.own = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        some = np.concatenate([train.user_counts, train.item_counts]) > 0
+        self.register_buffer("linked", torch.from_numpy(some)[:, None], persistent=False)
+
+    linked: Tensor  # (N, 1) which nodes have neighbours
 
     def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
         start = x = torch.cat([users, items])
         for neighbour, own in zip(self.neighbour, self.own, strict=True):
             x = F.leaky_relu((through or self.means)(neighbour(x))) + F.leaky_relu(own(x)) + start
-        first, second = x.split([len(users), len(items)])
+        here = self.linked | (start != 0).any(dim=-1, keepdim=True)
+        first, second = (x * here).split([len(users), len(items)])
         return first, second
 
 
 class Beside(nn.Module):
-    """An encoder, and beside its output one side's input smoothed over a fixed graph: of alike items, or companions."""
+    """An encoder, and beside its output items' input smoothed over a graph of alike items, or users' output over one of
+    companions."""
 
     def __init__(self, inner: nn.Module, graph: Propagation, *, of_items: bool):
         super().__init__()
@@ -69,7 +76,8 @@ class Beside(nn.Module):
 
 
 class Hypergraph(nn.Module):
-    """A few learned hyperedges: users and items belong to them softly, and meet there. LightGCN's output beside it."""
+    """A few learned hyperedges: users and items belong to them softly, and meet there. LightGCN's output beside it.
+    What is zero belongs to none."""
 
     def __init__(self, train: Interactions, dim: int, edges: int, layers: int):
         super().__init__()
@@ -78,7 +86,9 @@ class Hypergraph(nn.Module):
 
     def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
         out_users, out_items = self.light(users, items, through=through)
-        of_users, of_items = (torch.softmax(self.member(x), dim=-1) for x in (users, items))
+        of_users, of_items = (
+            torch.softmax(self.member(x), dim=-1) * (x != 0).any(dim=-1, keepdim=True) for x in (users, items)
+        )
         edges = of_items.T @ out_items / max(len(items), 1)
         return out_users + unit(of_users @ edges), out_items + unit(of_items @ edges)
 
@@ -162,9 +172,10 @@ class Composed(MultimodalModel):
     extras={"modalities": 0.1})``. A channel is the ID (``ids=True``) or a modality, through a linear map without bias;
     ``ENCODERS``, ``fusion.FUSIONS``, ``LOSSES`` and ``EXTRAS`` name the parts, which other models use as well. Under
     late fusion a user has a vector a channel, and their mean meets the fused item. An absent channel has no part in a
-    fusion. Raises ``DataError`` where parts have no meaning together: one channel and nothing to fuse with late timing,
-    the heuristic without IDs, views of a graph that the encoder does not have, ``extras`` of modalities with fewer than
-    two, and two extras that would make the same views.
+    fusion, but where its encoder makes one of neighbours. ``reg`` is of the pairwise and pointwise losses; alignment
+    comes with half of the uniformity of users and of items. Raises ``DataError`` where parts have no meaning together:
+    one channel and nothing to fuse with late timing, the heuristic without IDs, views of a graph that the encoder does
+    not have, ``extras`` of modalities with fewer than two, and two extras that would make the same views.
     """
 
     losses: ClassVar[tuple[str, ...]] = LOSSES

@@ -18,12 +18,12 @@ from mmllmrec.models.multimodal import ModalModel
 class DualGNN(ModalModel):
     """Personal weights of the modalities, smoothed over each user's companions.
 
-    Wang et al. 2023 (IEEE TMM 25, 1074-1084). (U_m, V_m) = the graph encoder of modality m (``ModalEncoder``); items
-    are the sum of V_m; users r_u = sum over m of b_um U_m with b free and personal, and r_u + sum over companions of
-    a_uv r_v, a the softmax of the numbers of training items in common (``encoders.item_graph.companions``). BPR, and
-    ``reg`` times the mean squares of the batch's preferences and of b. An item's absent modality adds nothing.
-    Departures: no weights of items, which only the penalty of the published code sees; natural logarithm, where that
-    has base 2; its user vector of the first modality holds the others too.
+    Wang et al. 2021 (IEEE TMM 25, 1074-1084, in print 2023). (U_m, V_m) = the graph encoder of modality m
+    (``ModalEncoder``); items are the sum of V_m; users r_u = sum over m of b_um U_m with b free and personal, and r_u +
+    sum over companions of a_uv r_v, a the softmax of the numbers of training items in common
+    (``encoders.item_graph.companions``). BPR, and ``reg`` times the mean squares of the batch's preferences and of b.
+    An item's absent modality adds nothing. Departures: no weights of items, which only the penalty of the published
+    code sees; natural logarithm, where that has base 2; its user vector of the first modality holds the others too.
     """
 
     def __init__(

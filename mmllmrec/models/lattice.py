@@ -51,7 +51,7 @@ class LATTICE(LearnedModel):
     def encode(self) -> Encoded:
         users, items = self.ids()
         weights = masked_softmax(self.mixture.expand(self.n_items, -1), self.all_present())
-        layer = items
+        layer = items if self.item_layers else torch.zeros_like(items)
         for _ in range(self.item_layers):
             views = self.learned(self, [layer] * len(self.modalities))
             layer = (weights[..., None] * torch.stack(views, dim=1)).sum(dim=1)

@@ -78,7 +78,10 @@ class MultimodalModel(EncodedModel, ContentModel):
             self.item_graph = Propagation(mixed(each, features.presence, shares))
 
     def smoothed(self, items: Tensor) -> Tensor:
-        """S ... S x, ``item_layers`` times over the frozen item graph: (I, D) -> (I, D)."""
+        """S ... S x, ``item_layers`` times over the frozen item graph: (I, D) -> (I, D); no term at all of no
+        layers."""
+        if not self.config["item_layers"]:
+            return torch.zeros_like(items)
         for _ in range(int(self.config["item_layers"])):
             items = self.item_graph(items)
         return items

@@ -83,6 +83,7 @@ def fit(
     stages: Mapping[str, float] | None = None,
     monitor: str = "ndcg@20",
     patience: int | None = None,
+    min_epochs: int = 0,
     eval_every: int = 1,
     cold_cost: float | None = None,
     warm_floor: float | None = None,
@@ -102,7 +103,8 @@ def fit(
     of ``parameter_groups`` start when that share of all steps is over, at the rate the schedule then has; before, its
     rate is 0 and it has neither gradients nor moments. With ``{"lora": 0.25}`` heads and IDs settle on the towers as
     they are, and no adapter learns from heads that know nothing. Every ``eval_every`` epochs ``monitor`` is measured at
-    full precision; ``patience`` is how many measurements without a better one end the run.
+    full precision; ``patience`` is how many measurements without a better one end the run, those of the first
+    ``min_epochs`` not counted: graph models begin as popularity, and fall before they rise.
     ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
     items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
     every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result.
@@ -145,6 +147,7 @@ def fit(
         "eval_every": eval_every,
         "cold_cost": cold_cost,
         "warm_floor": warm_floor,
+        **({"min_epochs": min_epochs} if min_epochs else {}),  # checkpoints of before are of the same settings
     }
     card = RunCard(
         kind="fit",
@@ -299,7 +302,7 @@ def fit(
             best = checkpoint.trained(model)
             state |= {"best_epoch": number, "best_score": row[monitor], "bad": 0}
         elif monitor in row:
-            state["bad"] += 1
+            state["bad"] += number + 1 > min_epochs
         state["stopped"] = stop or (patience is not None and state["bad"] >= patience)
         state["history"].append(row)
         state |= {"epoch": number + 1, "step": 0, "terms": {}}

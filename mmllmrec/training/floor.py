@@ -37,8 +37,9 @@ class Count(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             one, other = args[:2] if packet in (aten.mm, aten.bmm) else args[1:3]
-            if one.layout == torch.sparse_csr:
-                self._sparse(one.values().numel(), one.col_indices().element_size(), other, one.shape[0])
+            if one.layout in (torch.sparse_csr, torch.sparse_csc):  # the transposed CSR of a backward is a CSC
+                index = one.col_indices() if one.layout == torch.sparse_csr else one.row_indices()
+                self._sparse(one.values().numel(), index.element_size(), other, one.shape[0])
             else:
                 self.flops += 2 * one.numel() * other.shape[-1]
         elif packet in (aten._embedding_bag, aten._embedding_bag_forward_only):  # ``encoders.graph.CSR``

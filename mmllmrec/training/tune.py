@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
 from mmllmrec.models.base import Recommender
 from mmllmrec.runcard import RunCard, content_hash, drop_torn_line
-from mmllmrec.seed import seed_everything, stream
+from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training.fit import DivergedError, fit
 
 JOURNAL = "journal.jsonl"
@@ -88,7 +89,8 @@ def tune(
 
     The first trial is the published setting: ``start``, else the defaults of ``build`` and of the fit settings; of a
     list of settings each is a trial, in order, none of them cut off. The others come from a tree-structured Parzen
-    estimator (Bergstra et al. 2011), whose first third is drawn at random.
+    estimator (Bergstra et al. 2011), whose first third is drawn at random; where ``space`` has choices alone, they are
+    its other settings in random order, each once.
     With ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median
     rule), after a quarter of its epochs. Every trial has the same seed, so that settings are compared and not luck.
 
@@ -156,7 +158,7 @@ def tune(
         raise DataError(f"{place} holds another search (data, seed, space or settings): pass another, or resume=False")
     study.set_user_attr("key", key)
     if not study.get_trials(deepcopy=False):
-        for one in published:
+        for one in published + _rest(ranges, published, seed):
             study.enqueue_trial(one)
 
     def spent() -> float:
@@ -167,7 +169,7 @@ def tune(
 
     limit = math.inf if minutes is None else 60 * minutes
     bar = tqdm(total=trials, initial=min(finished(), trials), desc="tune", disable=not progress)
-    while finished() < trials and spent() < limit:
+    while finished() < trials and spent() < limit and not _exhausted(study, ranges):
         cut = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
         study.sampler = sampler(cut[0].number if cut else finished())
         trial = optuna.trial.Trial(study, cut[0]._trial_id) if cut else study.ask()
@@ -272,6 +274,26 @@ def _storage(place: Path | None, resume: bool) -> Any:
     (place / f"{JOURNAL}.lock").unlink(missing_ok=True)
     drop_torn_line(path)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _choices(ranges: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """All settings there are; None where one of them is a range of numbers, or where they are very many."""
+    choices: list[Any] = [getattr(one, "choices", None) for one in ranges.values()]
+    if None in choices or math.prod(len(c) for c in choices) > 200:
+        return None
+    return [dict(zip(ranges, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def _rest(ranges: Mapping[str, Any], published: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """All further settings, in random order, of a space that has an end."""
+    others = [one for one in _choices(ranges) or [] if one not in published]
+    return [others[n] for n in generator(seed, "trials").permutation(len(others))]
+
+
+def _exhausted(study: Any, ranges: Mapping[str, Any]) -> bool:
+    """Whether every setting has been tried."""
+    every, asked = _choices(ranges), study.get_trials(deepcopy=False)
+    return every is not None and len(asked) >= len(every) and all(t.state.is_finished() for t in asked)
 
 
 def _fit_names() -> set[str]:
