@@ -53,6 +53,16 @@ def test_every_encoder_meets_every_fusion(shop, kind, timing, method):
     assert (model.embed()[1][cold].abs().sum(1) > 0).float().mean() > 0.9, "cold items stand on their content"
 
 
+@pytest.mark.parametrize("kind", ["residual", "hypergraph"])
+def test_an_absent_channel_stays_absent_in_late_fusion(shop, kind):
+    model = built(shop, encoder=Encoder(kind, neighbours=3), fusion=Fusion("late", "mean")).eval()
+    present = model.encode().parts["present"]
+    cold = torch.from_numpy(~shop[0].warm_items)
+    assert torch.equal(present[cold], model.channels()[1][cold]) and not present[cold].all()
+    users = model.encode().users[~model.known]
+    assert (users == 0).all()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("timing", TIMINGS)
 def test_every_loss_trains(shop, loss, timing):

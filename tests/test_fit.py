@@ -51,6 +51,11 @@ def test_the_best_epoch_is_kept(split):
     assert validation_score(run.model, split.train, split.valid) == run.best_score
 
 
+def test_patience_waits_for_the_first_epochs(split):
+    asked = {"epochs": 12, "patience": 2, "lr": 1e-9}  # nothing gets better after the first
+    assert len(quick(split, **asked).history) == 3 and len(quick(split, **asked, min_epochs=7).history) == 9
+
+
 def test_one_seed_one_result(split):
     a, b, c = quick(split), quick(split), quick(split, seed=1)
     assert a.card.model["weights"] == b.card.model["weights"] != c.card.model["weights"]

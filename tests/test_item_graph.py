@@ -51,6 +51,27 @@ def test_absent_rows_are_nobodys_neighbours(rows):
         graphs.nearest(rows, 0)
 
 
+def test_where_nothing_is_present_there_are_no_neighbours(rows):
+    near, how = graphs.nearest(rows, K, present=torch.zeros(N, dtype=torch.bool))
+    assert near.shape == how.shape == (N, 1) and (near == 0).all() and (how == 0).all()
+    assert graphs.item_graph(rows.numpy(), np.zeros(N, dtype=bool), k=K).nnz == 0
+
+
+def test_cosines_of_parts_are_means_over_those_that_both_have(rows):
+    half = rows.shape[1] // 2
+    parts = torch.stack([torch.arange(N) % 3 != 0, torch.arange(N) % 4 != 0], dim=1)
+    sides = [torch.nn.functional.normalize(x, dim=1) for x in (rows[:, :half], rows[:, half:])]
+    sides = [x * parts[:, c, None] for c, x in enumerate(sides)]
+    near, how = graphs.nearest(torch.cat(sides, 1), N, present=parts.any(1), parts=parts)
+    for n in range(N):
+        for m, value in zip(near[n].tolist(), how[n].tolist(), strict=True):
+            both = [c for c in (0, 1) if parts[n, c] and parts[m, c]]
+            expected = np.mean([float(sides[c][n] @ sides[c][m]) for c in both]) if both else 0.0
+            assert value == pytest.approx(expected, abs=1e-6)
+    with_parts = graphs.item_graph(torch.cat(sides, 1).numpy(), parts.numpy(), k=3, weighted=True)
+    assert (np.diff(with_parts.indptr)[~parts.any(1).numpy()] == 0).all()
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 def test_item_graph_is_the_normalised_one(rows, weighted):
     present = np.arange(N) != 4

@@ -224,3 +224,23 @@ def test_info_nce_one_way_reads_rows_alone():
     one, other = losses.info_nce(a, b, both_ways=False), losses.info_nce(b, a, both_ways=False)
     torch.testing.assert_close((one + other) / 2, losses.info_nce(a, b))
     assert abs(one - other) > 1e-3
+
+
+def test_info_nce_within_has_the_views_own_rows_among_its_negatives():
+    a, b = normal(B, D, seed=1), normal(B, D, seed=2)
+    one, two, t = unit_rows(a), unit_rows(b), 0.3
+    total = 0.0
+    for n in range(B):
+        others = [torch.exp(one[n] @ x / t) for x in two] + [torch.exp(one[n] @ one[m] / t) for m in range(B) if m != n]
+        total = total + torch.stack(others).sum().log() - one[n] @ two[n] / t
+    same(losses.info_nce(a, b, temperature=t, both_ways=False, within=True), total / B, a, b)
+    other = losses.info_nce(b, a, temperature=t, both_ways=False, within=True)
+    torch.testing.assert_close(losses.info_nce(a, b, temperature=t, within=True), (total / B + other) / 2)
+
+
+def test_reconstruction_of_parallel_rows_is_finite_at_any_power():
+    rows = normal(200, D, seed=1)
+    value = losses.reconstruction(rows, rows.detach() * 3, power=1.5)
+    assert torch.isfinite(value) and torch.isfinite(torch.autograd.grad(value, rows)[0]).all()
+    with pytest.raises(DataError, match=r"power=0\.5"):
+        losses.reconstruction(rows, rows, power=0.5)

@@ -8,6 +8,7 @@ import torch
 from mmllmrec import models
 from mmllmrec.data import splits
 from mmllmrec.data.interactions import DataError
+from mmllmrec.encoders.item_graph import weighted_sum
 from mmllmrec.evaluation.speed import speed as evaluator_speed
 from mmllmrec.runcard import RunCard, peak_memory_mb
 from mmllmrec.training import floor, growth, throughput
@@ -93,6 +94,10 @@ def test_the_floor_counts_products_and_adam_by_hand():
     with floor.Count() as count:
         (x @ y).sum().backward()
     assert count.flops == 3 * 2 * 3 * 5 * 7
+    near, weights = torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2)
+    with floor.Count() as count:  # the backward of a learned graph is a transposed CSR, sparse too
+        weighted_sum(near, weights, torch.ones(5, 4, requires_grad=True)).sum().backward()
+    assert count.flops == 0 and count.bytes == 2 * (10 * (8 + 4 + 4 * 4) + 5 * 4 * 4)
     flops, bandwidth = floor.rates(repeats=1)
     assert flops > 1e8 and bandwidth > 1e8
 

@@ -86,6 +86,17 @@ def test_a_setting_that_diverges_is_a_failed_trial(split):
         quick(split, build=make, space={"dim": [4]}, start={"dim": 4}, trials=2)  # there is one setting
 
 
+def test_a_space_of_choices_is_tried_setting_by_setting(split):
+    def make(split, reg=5.0, dropout=0.0):
+        return EASE(split.train, reg=reg, dropout=dropout)
+
+    space = {"reg": [5.0, 50.0, 500.0], "dropout": [0.0, 0.25]}
+    tuned = mm.tune(make, split, space=space, trials=5, progress=False)
+    tried = list(zip(tuned.table["reg"], tuned.table["dropout"], strict=True))
+    assert tried[0] == (5.0, 0.0) and len(set(tried)) == len(tried) == 5
+    assert len(mm.tune(make, split, space=space, trials=99, progress=False).table) == 6
+
+
 def test_a_closed_form_is_tuned_too(split):
     tuned = mm.tune(lambda s, reg=1e-3: EASE(s.train, reg=reg), split, space={"reg": (1e-3, 1e3, "log")}, trials=3)
     assert len(tuned.table) == 3 and tuned.score >= tuned.table["score"][0]

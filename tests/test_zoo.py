@@ -1,5 +1,7 @@
 """The literature's systems: what each one's own idea does, against dense formulas, where a wrong sign would show."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -288,6 +290,31 @@ def test_lgmrec_scores_do_not_change_from_call_to_call(train, features):
     torch.testing.assert_close(parts["image"][U:] @ parts["image edges"], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_lgmrec_contrasts_what_has_both_modalities_alone(train, features):
+    torch.manual_seed(0)
+    model = models.LGMRec(train, features=features, dim=D, dropout=0.0, contrast_weight=1.0)
+    encoded, batch, t = model.encode(), batch_of(train), model.temperature
+    wide = {m: F.normalize(encoded.parts[m] @ encoded.parts[f"{m} edges"], dim=1).detach() for m in ("image", "text")}
+    items = [i for i in range(N) if features.presence[i].all() and train.item_counts[i]]
+    users = [u for u in range(U) if set(train.csr[u].indices) & set(items)]
+    assert 2 not in items and 3 not in items and N - 1 not in items and set(batch.items.tolist()) & {2, 3}
+    total = 0.0
+    for nodes, among, offset in ((batch.users, users, 0), (batch.items, items, U)):
+        some = [n for n in nodes.tolist() if n in among]
+        rows = wide["image"][[n + offset for n in some]] @ wide["text"][[n + offset for n in among]].T / t
+        total += F.cross_entropy(rows, torch.tensor([among.index(n) for n in some]))
+    torch.testing.assert_close(model.auxiliary(batch, encoded)["contrast"], total)
+
+
+def test_mmssl_writes_what_users_have_not_taken_and_anew_for_other_features(train, features):
+    torch.manual_seed(0)
+    model = models.MMSSL(train, features=features, dim=6, heads=2, top=3)
+    taken = torch.from_numpy(train.csr.toarray() > 0)
+    few = torch.arange(U)[(taken.sum(1) < N - 4) & model.known]
+    assert len(few) and not taken[few].gather(1, model.written1[few]).any() and model.warm[model.written1[few]].all()
+    assert not [k for k in model.weights() if k.startswith("critic")] and any("critic" in k for k in model.state_dict())
+
+
 def test_mentor_trains_its_mask_unless_told_to_do_as_its_code(train, features):
     torch.manual_seed(0)
     paper = models.MENTOR(train, features=features, dim=D, hidden=7, neighbours=3)
@@ -379,6 +406,21 @@ def test_damrs_keeps_links_that_all_modalities_agree_on():
     assert together[0, 1] == 1 and together[1, 2] == 0 and (np.diag(together) == 1).all()
 
 
+def test_damrs_means_are_over_the_views_an_item_has(train, features):
+    torch.manual_seed(0)
+    model = models.DAMRS(train, features=features, dim=D, neighbours=3)
+    views, content = (model.encode().parts[k] for k in ("views", "content"))
+    assert model.has[:, 2].tolist() == [False, False, True] and model.has[:, 3].tolist() == [True, False, True]
+    torch.testing.assert_close(content[2], views[2, 2])
+    torch.testing.assert_close(content[3], (views[0, 3] + views[2, 3]) / 2)
+    assert (views[:, N - 1] != 0).any() and not model.has[2, N - 1]  # nobody took it with anything
+    batch = batch_of(train)
+    kept, _ = model._weights(batch, model.encode())
+    one = batch.items.tolist().index(2)
+    u = model.encode().users[batch.users[one]]
+    torch.testing.assert_close(kept[one], torch.sigmoid(F.normalize(views[2, 2], dim=0) @ u).detach())  # no variance
+
+
 def test_llmrec_prunes_the_largest_losses_and_reads_what_was_written(train, features):
     pairs = np.full((U, 2), -1)
     pairs[0] = (1, 4)
@@ -416,6 +458,24 @@ def test_the_critic_of_mmssl_and_the_model_move_apart(train, features):
         terms[name].backward(retain_graph=True)
         moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         assert moved and (moved <= critic) == own and bool(moved & critic) == own
+
+
+def test_folded_users_stand_as_trained_ones_do(train):
+    bpr = models.ImplicitBPR(train, dim=4, iterations=5)
+    assert (bpr.folded(train.csr, np.arange(U))[:-1, -1] == 1).all() and (bpr.factors[0][:-1, -1] == 1).all()
+    torch.manual_seed(0)
+    model = models.SelfCF(train, dim=D, layers=1)
+    emptied = Interactions(train.users[:0], train.items[:0], None, train.user_ids, train.item_ids)
+    items = model.embed()[1]
+    other = model.with_history(train.select(train.users != 0))  # others keep theirs
+    torch.testing.assert_close(other.embed()[0][1:], model.embed()[0][1:])
+    cells = train.csr.toarray().copy()
+    cells[0] = cells[1]  # the first user's history is now the second's
+    users, of = np.nonzero(cells)
+    moved = model.with_history(Interactions(users, of, None, train.user_ids, train.item_ids)).embed()[0][0]
+    mean = items[train.csr[1].indices].mean(0)
+    torch.testing.assert_close(moved, torch.cat([mean[D:], mean[:D]]))
+    assert (model.with_history(emptied).embed()[0] == 0).all()
 
 
 def test_ials_folds_a_user_in_exactly_and_edlae_is_its_formula(train):
@@ -460,6 +520,34 @@ def test_dvbpr_learns_from_pixels_and_a_missing_picture_is_a_zero_vector(shop):
     assert (blind.embed()[1] == 0).all() and torch.equal(model.embed()[1], items)
     with pytest.raises(DataError, match="image"):
         models.DVBPR(shop.train, catalog=_no_pictures(shop))
+    other = mm.load_dataset("atelier", scale=0.05).catalog
+    for call in (model.with_catalog, lambda c: models.DVBPR(shop.train, catalog=c)):
+        with pytest.raises(DataError, match="not those of the training events"):
+            call(other)
+
+
+def test_dvbpr_learns_nothing_of_what_it_cannot_see_and_the_same_in_chunks(shop):
+    seed_everything(0)
+    model = models.DVBPR(shop.train, catalog=shop.catalog, dim=8, size=32, width=8, reg=0.0)
+    unseen = ~torch.from_numpy(shop.catalog.present("image"))
+    batch = next(epoch(shop.train, batch_size=len(shop.train), negatives=1, rng=np.random.default_rng(0)))
+    blind = unseen[batch.items]
+    assert blind.any()
+    only = replace(batch, users=batch.users[blind], items=batch.items[blind], negatives=batch.negatives[blind])
+    model.loss(only)["bpr"].backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+    small = next(epoch(shop.train, batch_size=64, negatives=1, rng=np.random.default_rng(0)))
+    for part in model.look:
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # drawn for each chunk apart
+    found = []
+    for chunk in (None, 16):
+        model.zero_grad()
+        model.loss(replace(small, chunk=chunk))["bpr"].backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+    same = model.same.numpy()
+    assert len(set(same[unseen.numpy()])) == 1  # what shows nothing is alike
 
 
 def _no_pictures(shop):

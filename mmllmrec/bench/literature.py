@@ -24,8 +24,9 @@ from mmllmrec.evaluation.protocols import rankings, seen_matrix
 from mmllmrec.features.table import FeatureTable
 
 WIDTH = 64  # columns a modality that every system reads
-# graph models begin as popularity, and fall before they rise: patience begins after a while
-FIT = {"epochs": 1000, "batch_size": 2048, "lr": 1e-3, "patience": 20, "min_epochs": 50}
+# graph models begin as popularity, and fall before they rise: on Last.fm SimGCL is better than in its first epoch after
+# 120 epochs, at its best (0.220 for 0.107 of validation ndcg@20) after 170
+FIT = {"epochs": 1000, "batch_size": 2048, "lr": 1e-3, "patience": 20, "min_epochs": 150}
 KINDS = ("random_per_user", "cold_items", "given")
 BEST = 5  # systems whose features are shuffled at test
 RATE: dict[str, Any] = {"fit.lr": (3e-4, 1e-2, "log")}
