@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from mmllmrec.bench.answer import NDCG, Claim, judge
 from mmllmrec.bench.literature import builder, fit_of
 from mmllmrec.bench.rows import setup
 from mmllmrec.bench.run import Entry, Summary, over_seeds
@@ -79,9 +80,9 @@ def ablations(
     quick: int | None = None,
 ) -> tuple[Summary, pd.DataFrame]:
     """Each of ``systems`` at its published setting, and without each of its ideas (``OFF``), a fit a seed; what the
-    survey's systems read. The frame has a row a (system, idea): ndcg@20 on all test items with and without, the
-    relative change, and in how many of the seeds it has that sign. A bench that was cut off goes on. Raises
-    ``DataError`` for a system that has nothing to switch off here, and for a split that is not known.
+    survey's systems read. The frame has a row a (system, idea), on all test items: ``changes``. A bench that was cut
+    off goes on. Raises ``DataError`` for a system that has nothing to switch off here, and for a split that is not
+    known.
     """
     unknown = [s for s in systems if s not in OFF]
     if unknown or not systems:
@@ -105,17 +106,26 @@ def ablations(
         quick=quick,
         command=f"mmllmrec bench ablations --data {asked.name or asked.data.name} --split {kind} --seeds {seeds}",
     )
-    return summary, changes(summary, systems)
+    found = changes(summary, systems)
+    card = RunCard.load(summary.path)
+    card.settings["changes"] = found.to_dict("records")
+    card.save_with(f"{summary}\n\n{found.to_string(index=False)}", summary.path.parent)
+    return summary, found
 
 
 def changes(summary: Summary, systems: Sequence[str]) -> pd.DataFrame:
-    """What leaving each idea out changes, from the seeds' own numbers."""
-    by_seed = list(RunCard.load(summary.path).settings["by seed"].values())
+    """What leaving each idea out changes: ndcg@20 with and without, the relative change with its interval over users
+    and its Holm-corrected p (``answer.judge``), and in how many seeds it has that sign."""
+    folder, by_seed = summary.path.parent, RunCard.load(summary.path).settings["by seed"]
+    cards = [RunCard.load(folder / f"seed{seed}" / "report" / "card.json") for seed in by_seed]
+    ideas = [(name, idea) for name in systems for idea in OFF[name]]
+    verdicts = judge([Claim(f"{name}, {idea}", name, "all") for name, idea in ideas], summary.frame, cards, folder)
     lines = []
-    for name in systems:
-        for idea in OFF[name]:
-            pairs = [(run[f"{name} | all | ndcg@20"], run[f"{name}, {idea} | all | ndcg@20"]) for run in by_seed]
-            whole, without = (sum(x) / len(pairs) for x in zip(*pairs, strict=True))
-            same = sum((b - a) * (without - whole) > 0 for a, b in pairs)
-            lines.append((name, idea, whole, without, without / whole - 1, f"{same} of {len(pairs)}"))
-    return pd.DataFrame(lines, columns=["system", "idea", "with", "without", "change", "seeds of that sign"])
+    for (name, idea), found in zip(ideas, verdicts.to_dict("records"), strict=True):
+        pairs = [(run[f"{name} | all | {NDCG}"], run[f"{name}, {idea} | all | {NDCG}"]) for run in by_seed.values()]
+        whole, without = (sum(x) / len(pairs) for x in zip(*pairs, strict=True))
+        same = sum((b - a) * (without - whole) > 0 for a, b in pairs)
+        spread = [found[k] for k in ("relative", "relative_low", "relative_high", "p (Holm)")]
+        lines.append((name, idea, whole, without, *spread, f"{same} of {len(pairs)}"))
+    columns = ["system", "idea", "with", "without", "change", "low", "high", "p (Holm)", "seeds of that sign"]
+    return pd.DataFrame(lines, columns=columns)

@@ -176,7 +176,8 @@ def tune(
         chosen = {name: _suggest(trial, name, one) for name, one in ranges.items()}
         within = None if place is None else place / f"trial-{trial.number}"
         left, started = limit - spent(), time.perf_counter()
-        best, ended = -math.inf, ""
+        told = study._storage.get_trial(trial._trial_id).intermediate_values if cut else {}
+        best, ended = max(told.values(), default=-math.inf), ""  # a trial that goes on has come this far
 
         def watch(row: dict[str, Any], trial: Any = trial, left: float = left) -> bool:
             nonlocal best, ended
