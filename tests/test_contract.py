@@ -344,6 +344,12 @@ def bare(catalog: Catalog, *modalities: str) -> Catalog:
     return catalog
 
 
+def test_the_same_catalogue_changes_nothing(model, train, catalog):
+    if model.modalities:
+        trained(model, train)
+        torch.testing.assert_close(model.with_catalog(catalog).score(USERS), model.score(USERS))
+
+
 def test_a_catalogue_that_lacks_a_modality_is_scored(model, train, catalog):
     if not model.modalities:
         return

@@ -1,11 +1,15 @@
 """The survey's table: every system trains at smoke size, under one budget, and its features matter or do not."""
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from mmllmrec import bench
 from mmllmrec.bench import literature as module
 from mmllmrec.bench.ablations import OFF
+from mmllmrec.bench.run import Progress, Summary, command_of
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
 from mmllmrec.runcard import RunCard
@@ -20,7 +24,7 @@ def test_every_system_of_the_literature_is_surveyed(world, tmp_path):
     asked = {"data": world, "seeds": 1, "trials": 1, "minutes": None, "quick": 1, "tuned": tmp_path / "tuned"}
     answer = bench.survey(**asked, folder=tmp_path / "answer", kind="cold_items")
     systems = set(answer.frame["system"])
-    assert set(module.SYSTEMS) <= systems and {"Random", "Popularity", "LightGCN (softmax)"} <= systems
+    assert set(module.SYSTEMS) <= systems and {"Random", "Popularity", module.SOFTMAX} <= systems
     shuffled = answer.frame[answer.frame["row"] == "features shuffled"]
     assert len(shuffled) == module.BEST and np.isfinite(shuffled["mean"]).all()
     assert len(answer.verdicts) == len(module.SYSTEMS)
@@ -55,3 +59,38 @@ def test_what_is_not_known_is_refused(world):
         bench.survey(data=world, systems=["SVD"])
     with pytest.raises(DataError, match="kind='leave_one'"):
         bench.survey(data=world, kind="leave_one")
+
+
+def test_a_search_begins_with_four_settings_of_which_the_first_is_published(world):
+    asked = module.setup(world)
+    for name in (module.SOFTMAX, *module.SYSTEMS):
+        row = module.published_row(name, asked)
+        if name in module.CLOSED:
+            continue
+        assert len({str(sorted(start.items())) for start in row.starts}) == len(row.starts) == 4, name
+        rate = row.starts[0]["fit.lr"]
+        assert rate == module.fit_of(name)["lr"] and all(s["fit.lr"] in (rate, 3 * rate) for s in row.starts)
+        assert row.space["fit.lr"][0] <= rate
+
+
+def test_a_bench_tells_each_step_and_the_command_that_asks_for_it(capsys):
+    bar = Progress("survey", 3)
+    bar.begin("seed 0, BPR")
+    bar.end("0.2500 on validation")
+    bar.skip(1)
+    bar.begin("seed 0, EASE")
+    bar.end("0.2600 on validation")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("survey 1/3: seed 0, BPR, 0.2500 on validation, ") and lines[1].startswith("survey 3/3")
+    asked = {"data": "lastfm-2k", "system": ("BPR", "LightGCN, softmax"), "minutes": 12.0, "model": None, "n": 3}
+    told = command_of("survey", **asked, end_to_end=True)
+    expected = "mmllmrec bench survey --data lastfm-2k --system BPR --system 'LightGCN, softmax' --minutes 12 --n 3"
+    assert told == f"{expected} --end-to-end"
+
+
+def test_a_cell_of_fewer_seeds_says_so():
+    columns = ["system", "row", "metric", "mean", "std", "of oracle", "seeds"]
+    rows = [("A", "all", "ndcg@20", 0.5, 0.1, None, 3), ("B", "all", "ndcg@20", 0.4, None, None, 1)]
+    summary = Summary("t", pd.DataFrame(rows, columns=columns), Path("card.json"))
+    assert summary.table().loc["B", "all"] == "0.4000 (1 of 3 seeds)"
+    assert summary.table().loc["A", "all"] == "0.5000 ±0.1000"

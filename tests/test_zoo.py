@@ -246,6 +246,10 @@ def test_mmgcn_layer_is_its_formula(train, features):
     encoded = model.encode()
     torch.testing.assert_close(torch.cat([encoded.users, encoded.items]), total, atol=1e-5, rtol=1e-4)
     frozen = models.MMGCN(train, features=features, dim=D, layers=1, train_ids=False)
+    batch, nodes = batch_of(train), model.node
+    items = torch.cat([batch.items, batch.negatives[:, 0]]) + U
+    means = [nodes[batch.users], nodes[items], *(p[batch.users] for p in model.preferences)]
+    torch.testing.assert_close(model.loss(batch)["reg"], 0.5 * sum(x.square().mean() for x in means))
     assert not frozen.node.requires_grad and set(frozen.loss(batch_of(train))) == {"bpr"}
 
 
@@ -306,12 +310,25 @@ def test_lgmrec_contrasts_what_has_both_modalities_alone(train, features):
     torch.testing.assert_close(model.auxiliary(batch, encoded)["contrast"], total)
 
 
-def test_mmssl_writes_what_users_have_not_taken_and_anew_for_other_features(train, features):
+def test_mmssl_writes_what_users_have_not_taken_and_what_speaks_for_them(train, features):
     torch.manual_seed(0)
-    model = models.MMSSL(train, features=features, dim=6, heads=2, top=3)
-    taken = torch.from_numpy(train.csr.toarray() > 0)
-    few = torch.arange(U)[(taken.sum(1) < N - 4) & model.known]
-    assert len(few) and not taken[few].gather(1, model.written1[few]).any() and model.warm[model.written1[few]].all()
+    model = models.MMSSL(train, features=features, dim=6, heads=2, top=N)
+    taken = train.csr.toarray() > 0
+    for u, written in enumerate(model.write()[0].tolist()):  # all of the others with an event, and -1 for want of more
+        others = {i for i in range(N - 1) if not taken[u, i]} if train.user_counts[u] else set()
+        assert {i for i in written if i >= 0} == others
+    view, final = torch.randn(U, 6), torch.randn(U, 6)
+    found = []
+    for encoded in (model.encode(), model.encode()):  # its contrast is of a view against the final users, both ways in
+        encoded.parts.update({f"users by {m}": view for m in model.modalities})
+        encoded.users = final
+        found.append(model.auxiliary(batch_of(train), encoded)["contrast"])
+    some = batch_of(train).users.unique()
+    within = F.normalize(view[some]) @ F.normalize(view[some]).T / 0.5
+    across = F.normalize(view[some]) @ F.normalize(final[some]).T / 0.5
+    within.fill_diagonal_(-torch.inf)
+    each = torch.logsumexp(torch.cat([across, within], 1), 1) - across.diagonal()
+    torch.testing.assert_close(found[0], 2 * 0.03 * each.mean())
     assert not [k for k in model.weights() if k.startswith("critic")] and any("critic" in k for k in model.state_dict())
 
 
@@ -321,6 +338,17 @@ def test_mentor_trains_its_mask_unless_told_to_do_as_its_code(train, features):
     code = models.MENTOR(train, features=features, dim=D, hidden=7, neighbours=3, train_mask=False)
     terms = paper.loss(batch_of(train))
     assert set(terms) == {"bpr", "reg", "align", "graph", "mask"} and "mask" not in code.loss(batch_of(train))
+    torch.manual_seed(1)
+    encoded = paper.encode()
+    whole = encoded.parts["fused"]
+    torch.manual_seed(2)
+    mask = paper.auxiliary(batch_of(train), encoded)["mask"]
+    torch.manual_seed(2)
+    apart = []
+    for nodes in (batch_of(train).users.unique(), batch_of(train).items.unique() + U):
+        rows = whole[nodes]
+        apart.append((1 - F.cosine_similarity(paper.decoder(rows), F.dropout(rows.detach(), 0.5), dim=-1)).mean())
+    torch.testing.assert_close(mask, 1.5 * (apart[0] + apart[1]))
     moved = torch.autograd.grad(terms["mask"], [paper.decoder.weight, paper.personal])
     assert all(g.abs().sum() > 0 for g in moved)
 
@@ -383,11 +411,30 @@ def test_diffmm_writes_a_graph_an_epoch(train, features):
     model.begin_epoch(np.random.default_rng(0))
     assert (model.written0 >= 0).all() and model.links[0].sparse().nnz > 2 * (U - 1) * 2
     assert model.warm[model.written0].all()  # no row of events says anything of an item without one
+    model = models.DiffMM(train, features=features, dim=D, hidden=7, top=2, reg=0.5)
+    squares = model.users.weight.square().sum() + model.items.weight.square().sum()
+    torch.testing.assert_close(model.loss(batch_of(train))["reg"], 0.5 * squares)
     kept = model.written0.clone()
     for p in model.denoisers.parameters():
         torch.nn.init.normal_(p)
     model.begin_epoch(np.random.default_rng(0), resumed=True)
     assert torch.equal(model.written0, kept)
+
+
+def test_alignrec_s_similarity_is_of_what_both_items_have(train, features):
+    torch.manual_seed(0)
+    model = models.AlignRec(train, features=features, dim=D, neighbours=3, similarity_weight=1.0)
+    encoded, items = model.encode(), batch_of(train).items.unique()
+    assert {2, 3} & set(items.tolist())
+    k = torch.zeros(len(items), len(items))
+    for a, i in enumerate(items.tolist()):
+        for b, j in enumerate(items.tolist()):
+            both = [m for m in model.modalities if model.present(m)[i] and model.present(m)[j]]
+            sides = [F.cosine_similarity(model.rows(m)[i], model.rows(m)[j], dim=0) for m in both]
+            k[a, b] = torch.stack(sides).mean() if both else 0.0
+    rows = encoded.parts["side"][items + U]
+    expected = (rows @ rows.T - k).norm() / len(items)
+    torch.testing.assert_close(model.auxiliary(batch_of(train), encoded)["similarity"], expected)
 
 
 def test_damrs_keeps_links_that_all_modalities_agree_on():
@@ -407,6 +454,8 @@ def test_damrs_keeps_links_that_all_modalities_agree_on():
 
 
 def test_damrs_means_are_over_the_views_an_item_has(train, features):
+    from mmllmrec.models.damrs import graded
+
     torch.manual_seed(0)
     model = models.DAMRS(train, features=features, dim=D, neighbours=3)
     views, content = (model.encode().parts[k] for k in ("views", "content"))
@@ -418,6 +467,24 @@ def test_damrs_means_are_over_the_views_an_item_has(train, features):
     kept, _ = model._weights(batch, model.encode())
     one = batch.items.tolist().index(2)
     u = model.encode().users[batch.users[one]]
+    several = torch.randn(2, 40, D)
+    has = torch.stack([torch.ones(40, dtype=torch.bool), torch.arange(40) % 2 == 0])
+    cosine = F.normalize(several, dim=2) @ F.normalize(several, dim=2).transpose(1, 2)
+    chance = [torch.softmax(cosine[0], 1), torch.softmax(cosine[1].masked_fill(~has[1], -torch.inf), 1)]
+    costs = []
+    for v in (0, 1):
+        for a in has[v].nonzero()[:, 0].tolist():
+            agreed, own = {}, {}
+            for b in has[v].nonzero()[:, 0].tolist():
+                shared = [w for w in (0, 1) if has[w, a] and has[w, b]]
+                own[b] = float(chance[v][a, b])
+                agreed[b] = 2 * np.mean([float(chance[w][a, b]) for w in shared]) + own[b]
+            first = sorted(agreed, key=lambda b: -agreed[b])[:3]
+            second = sorted((b for b in own if b not in first), key=lambda b: -own[b])[:3]
+            weights = {b: float(torch.exp(cosine[v, a, b] / 0.2)) for b in own}
+            total, near = sum(weights.values()), sum(weights[b] for b in first)
+            costs.append(-np.log(near / total) - np.log(sum(weights[b] for b in second) / (total - near)))
+    assert float(graded(several, has, k=3, temperature=0.2)) == pytest.approx(np.mean(costs), rel=1e-4)
     torch.testing.assert_close(kept[one], torch.sigmoid(F.normalize(views[2, 2], dim=0) @ u).detach())  # no variance
 
 
@@ -442,6 +509,17 @@ def test_llmrec_prunes_the_largest_losses_and_reads_what_was_written(train, feat
     assert ours == pytest.approx(np.mean(sorted(gaps)[: len(gaps) // 2]), rel=1e-5)
     ours, gaps = bpr(pruned=0.0, pairs=pairs, pair_share=1.0)  # what was written is as good as what was seen
     assert len(gaps) > len(rows) and ours == pytest.approx(np.mean(gaps), rel=1e-5)
+    torch.manual_seed(0)
+    model = models.LLMRec(train, features=features, dim=D, mask=0.1)
+    drawn = torch.stack([model.encode().parts["masked"] for _ in range(50)])
+    assert drawn.any(1).all() and drawn[:, 0].float().mean() < 0.6 and not drawn[:, ~model.known].any()
+    other = FeatureTable({m: np.roll(t, 1, axis=0) for m, t in features.tables.items()}, features.presence)
+    before = model.profiles.clone()
+    model._use(other)  # a template is of the features at hand, and what was written is not
+    assert not torch.equal(model.profiles, before)
+    written = models.LLMRec(train, features=features, dim=D, profiles=np.ones((U, 2), np.float32))
+    written._use(other)
+    assert (written.profiles == 1).all() and "profiles" in written.weights() and "profiles" not in model.weights()
     with pytest.raises(DataError, match="a row a user"):
         models.LLMRec(train, features=features, profiles=np.zeros((3, 2)))
     with pytest.raises(DataError, match="pairs are terms of BPR"):
@@ -540,10 +618,13 @@ def test_dvbpr_learns_nothing_of_what_it_cannot_see_and_the_same_in_chunks(shop)
     for part in model.look:
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0  # drawn for each chunk apart
-    found = []
+    found, looked, looks = [], [], model._looks
+    model._looks = lambda items: looked.append(len(items)) or looks(items)
     for chunk in (None, 16):
         model.zero_grad()
+        looked.clear()
         model.loss(replace(small, chunk=chunk))["bpr"].backward()
+        assert (max(looked) > 16) == (chunk is None)
         found.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
     same = model.same.numpy()

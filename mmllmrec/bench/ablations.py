@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from mmllmrec.bench.answer import NDCG, Claim, judge
+from mmllmrec.bench.answer import NDCG, Claim, judge, plain
 from mmllmrec.bench.literature import builder, fit_of
 from mmllmrec.bench.rows import setup
-from mmllmrec.bench.run import Entry, Summary, over_seeds
+from mmllmrec.bench.run import Entry, Summary, command_of, over_seeds
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
@@ -104,11 +104,17 @@ def ablations(
         seeds=seeds,
         folder=Path(folder),
         quick=quick,
-        command=f"mmllmrec bench ablations --data {asked.name or asked.data.name} --split {kind} --seeds {seeds}",
+        command=command_of(
+            "ablations",
+            data=asked.name or asked.data.name,
+            split=kind,
+            system=() if tuple(systems) == tuple(OFF) else tuple(systems),
+            seeds=seeds,
+        ),
     )
     found = changes(summary, systems)
     card = RunCard.load(summary.path)
-    card.settings["changes"] = found.to_dict("records")
+    card.settings["changes"] = plain(found.to_dict("records"))
     card.save_with(f"{summary}\n\n{found.to_string(index=False)}", summary.path.parent)
     return summary, found
 

@@ -230,3 +230,8 @@ def _sentence(v: dict[Any, Any]) -> str:
     relative = f", {v['relative']:+.1%} [{v['relative_low']:+.1%}, {v['relative_high']:+.1%}]" if known else ""
     difference = f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]"
     return f"{v['system']} - {v['against']} on {v['row']}: {difference}{relative}, {p}"
+
+
+def plain(lines: list[dict[Any, Any]]) -> list[dict[str, Any]]:
+    """Rows for a card, which holds no NaN."""
+    return [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()} for line in lines]

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mmllmrec.bench.answer import COST, Answer, Claim, Layout, judge
+from mmllmrec.bench.answer import COST, Answer, Claim, Layout, judge, plain
 from mmllmrec.bench.rows import COLD_COST, REFERENCE, Row, Setup
-from mmllmrec.bench.run import METRICS, Entry, Progress, card_of, frame_of, over, run_seed
+from mmllmrec.bench.run import METRICS, Entry, Progress, card_of, command_of, frame_of, over, run_seed
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
@@ -93,10 +91,8 @@ def ask(
     split = question.search(asked.data)
     _search(fits, split, question.searches, quick, bar)
     tuned = fits.tuned
-    command = f"mmllmrec bench {question.name} --data {asked.name or asked.data.name} --seeds {seeds}"
-    command += f" --trials {budget.trials}" + (f" --minutes {budget.minutes:g}" if budget.minutes is not None else "")
-    command += "".join(f" --{option} {value!r}" for option, value in question.options.items() if value)
-    command += f" --vision {asked.vision}" if asked.vision else ""
+    told = {"data": asked.name or asked.data.name, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
+    command = command_of(question.name, **told, **question.options, vision=asked.vision)
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
@@ -158,7 +154,7 @@ def ask(
         "budget": {"trials": budget.trials, "minutes": budget.minutes, "folder": str(budget.folder)},
         "trials run": {name: found.card.settings["trials run"] for name, found in tuned.items()},
         "minutes run": {name: found.card.settings["minutes run"] for name, found in tuned.items()},
-        "verdicts": _plain(verdicts.to_dict("records")),
+        "verdicts": plain(verdicts.to_dict("records")),
         "told": answer.told(),
         **question.about,
     }
@@ -222,7 +218,7 @@ class _Fits:
 
 def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Progress) -> None:
     """Make every search of the rows on a split, into ``fits.tuned``; ``folder`` is one of their own, or empty."""
-    from mmllmrec.training.tune import tune
+    from mmllmrec.training.tune import OtherSearchError, tune
 
     budget = fits.budget
     place = budget.folder / fits.data.name / folder
@@ -265,9 +261,9 @@ def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Prog
                 folder=place / row.search,
                 progress=bar.shown,
             )
-        except DataError as error:
-            why = "the room of new items follows the reference's score, and so its budget" if room else ""
-            raise DataError(f"{error}; {why + ': ' if why else ''}give another folder of searches (--tuned)") from None
+        except OtherSearchError as error:
+            why = "the room of new items follows the reference's score, and so its budget: " if room else ""
+            raise DataError(f"{error}; {why}give another folder of searches (--tuned)") from error
         fits.tuned[row.search] = found
         room = room or fits.room(split, 0)
         bar.end(f"{found.score:.4f} on validation in {found.card.settings['trials run']} trials")
@@ -277,8 +273,3 @@ def _costs(run: Any) -> dict[str, float]:
     card = run.card
     values = (float(card.trainable_parameters), card.seconds, card.peak_memory_mb, run.best_score)
     return dict(zip(COSTS, values, strict=True))
-
-
-def _plain(lines: list[dict[Any, Any]]) -> list[dict[str, Any]]:
-    """Rows for a card, which holds no NaN."""
-    return [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()} for line in lines]

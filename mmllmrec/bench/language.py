@@ -148,6 +148,8 @@ def language(
     question = _question(desk)
     if systems is not None:
         question = only(question, [FIRST, ours, *(s for s in systems if s not in orders)])
+    options = {"model": model, "n": n if n != N else None, "system": tuple(systems or ()), "end_to_end": end_to_end}
+    question = replace(question, options=options)
     budget = Budget(trials, minutes, Path(tuned))
     return ask(question, asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmllmrec.bench.answer import COST, NDCG, Answer, Claim, Column, Layout
 from mmllmrec.bench.ask import Budget, Question, ask
-from mmllmrec.bench.rows import REFERENCE, SPACES, STARTS, Row, Setup, setup
+from mmllmrec.bench.rows import SPACES, STARTS, Row, Setup, setup
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
@@ -68,6 +68,8 @@ LOW = {"MENTOR": 1e-4}  # published learning rates that are not FIT's
 CLOSED = ("IALS", "ImplicitBPR", "ItemKNN", "EASE")
 SOFTMAXED = ("AlphaRec", "CLCRec")  # whose published loss is a softmax of their own, as they are in the questions
 SYSTEMS = (*SEARCHED, *SOFTMAXED)
+SOFTMAX = "LightGCN, softmax"  # the reference of the questions, with the budget of all
+BASE = {SOFTMAX: "LightGCN"}
 # where a whole survey would take a day: the oldest and the strongest of each kind
 TEN = ("IALS", "EASE", "BPR", "LightGCN", "SimGCL", "VBPR", "MMGCN", "FREEDOM", "BM3", "MGCN")
 
@@ -107,7 +109,7 @@ def survey(
     def make(data: RecDataset, seed: int) -> Split:
         return splits.by_name(kind, data, seed=seed)
 
-    rows = [REFERENCE, *(published_row(name, asked) for name in named)]
+    rows = [published_row(name, asked) for name in (SOFTMAX, *named)]
     others = [r.name for r in rows if r.name != "LightGCN"]
     columns = [Column(c, c) for c in ("all", *(("warm", "cold", "cold only") if kind == "cold_items" else ()))]
     recall = [replace(c, metric="recall@20") for c in columns[:1]]
@@ -130,7 +132,7 @@ def survey(
         first=rows[-1].name,
         more=shuffled_best,
         search=lambda data: make(data, 0),
-        options={"split": kind} if kind != "random_per_user" else {},
+        options={"split": kind, "system": tuple(systems or ())},
         searches="survey",
         shows_unified=False,
     )
@@ -140,8 +142,8 @@ def survey(
 def published_row(name: str, asked: Setup) -> Row:
     """A system under its published loss, its settings searched around the published ones."""
     build = builder(name, asked)
-    if name in SOFTMAXED:
-        space, start = SPACES[name], STARTS.get(name, {})
+    if name in (SOFTMAX, *SOFTMAXED):
+        space, start = SPACES[BASE.get(name, name)], STARTS.get(BASE.get(name, name), {})
         settings = {**FIT, "weight_decay": 1.0}
     else:
         found = SEARCHED[name]
@@ -159,13 +161,12 @@ def fit_of(name: str) -> dict[str, Any]:
 
 def starts_of(space: Mapping[str, Any], published: Mapping[str, Any], rate: float) -> tuple[dict[str, Any], ...]:
     """The first four settings of a search: as published; at three times the learning rate; and both again with the
-    options' second values, and their last ones.
+    options' next values, and their last ones.
 
     Four points say little where they are drawn at random; these are the same for every system.
     """
-    second, last = (
-        {o: values[n % len(values)] for o, values in space.items() if isinstance(values, list)} for n in (1, -1)
-    )
+    others = {o: [v for v in values if v != published[o]] for o, values in space.items() if isinstance(values, list)}
+    second, last = ({o: values[n] for o, values in others.items()} for n in (0, -1))
     slow, fast = {"fit.lr": rate}, {"fit.lr": 3 * rate}
     return tuple({**published, **one} for one in (slow, fast, second | slow, last | fast))
 
@@ -176,7 +177,8 @@ def builder(name: str, asked: Setup, **fixed: Any) -> Callable[..., Any]:
     def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
         from mmllmrec import models
 
-        cls: Any = models.classes()[name]
+        cls: Any = models.classes()[BASE.get(name, name)]
+        options |= {"loss": "softmax"} if name == SOFTMAX else {}
         content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
         return cls(split.train, **content, **options, **fixed)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmllmrec.bench.run import Entry, Summary, over_seeds
+from mmllmrec.bench.run import Entry, Summary, command_of, over_seeds
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import load_dataset
 from mmllmrec.data.interactions import DataError
@@ -115,7 +115,7 @@ def parity(
         folder=Path(folder),
         mask="train",
         quick=quick,
-        command=f"mmllmrec bench parity --seeds {seeds}",
+        command=command_of("parity", seeds=seeds, system=() if tuple(systems) == tuple(SYSTEMS) else tuple(systems)),
     )
     return summary, beside(summary, peer) if peer is not None else pd.DataFrame()
 

@@ -81,6 +81,7 @@ def _asked(make: Callable[[Setup], Question]) -> Callable[..., Answer]:
         asked = setup(data, path, end_to_end=end_to_end, whole=name == "q1", vision=vision)
         budget = Budget(trials, minutes, Path(tuned))
         question = make(asked) if systems is None else only(make(asked), systems)
+        question = replace(question, options={"system": tuple(systems or ()), "end_to_end": end_to_end})
         return ask(question, asked, seeds=seeds, budget=budget, folder=folder, quick=quick)
 
     answer.__name__ = answer.__qualname__ = name

@@ -6,6 +6,7 @@ fitted goes on from its checkpoint.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
@@ -281,6 +282,19 @@ def card_of(name: str, cards: Sequence[RunCard], frame: pd.DataFrame, **settings
         seconds=sum(c.seconds for c in cards),
         test_opened=max(c.test_opened for c in cards),
     )
+
+
+def command_of(bench: str, **options: Any) -> str:
+    """The command that asks for a bench with some options: what is None, False or empty is left out."""
+    words = ["mmllmrec", "bench", bench]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value not in (None, False, "", ()):
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [flag, f"{one:g}" if isinstance(one, float) else str(one)]
+    return shlex.join(words)
 
 
 def over(seeds: int) -> str:

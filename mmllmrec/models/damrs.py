@@ -131,26 +131,30 @@ def masked_mean(rows: Tensor, has: Tensor) -> Tensor:
 def graded(views: Tensor, has: Tensor, *, k: int, temperature: float) -> Tensor:
     """Contrast of every view with graded neighbours, of the items that have it (V, C) bool: (V, C, D) -> ().
 
-    Of view v's cosines, softmaxed over the C candidates, the k best in the sum of all views and v once more are the
-    first grade, the k best of the others in v alone the second; -log(first / all) - log(second / (all - first)), sums
-    of exp(cos / temperature), mean over items and views.
+    Of view v's cosines, softmaxed over the candidates that have it, the k best in the sum of all views and v once more
+    are the first grade, the k best of the others in v alone the second; -log(first / all) - log(second / (all -
+    first)), sums of exp(cos / temperature), mean over items and views. Of two items that not all views have, the sum is
+    V times the mean over those that both have. A view that fewer than three have is left out, and where few have it k
+    is less there.
     """
-    some = has.sum(dim=1) >= 3  # views with a first and a second neighbour to tell from
-    if not bool(some.any()):
-        return views.sum() * 0.0
-    views, has = views[some], has[some]
-    k = min(k, (int(has.sum(dim=1).min()) - 1) // 2)
+    V, cost = len(views), []
     similarity = unit(views) @ unit(views).transpose(1, 2)
-    similarity = similarity.masked_fill(~has[:, None], float("-inf"))
+    both = has[:, :, None] & has[:, None]
     with torch.no_grad():
-        chance = torch.softmax(similarity, dim=-1)
-        first = (chance.sum(0) + chance).masked_fill(~has[:, None], -1.0).topk(k, dim=-1).indices
-        second = chance.scatter(-1, first, 0.0).topk(k, dim=-1).indices
-    each = torch.exp(similarity / temperature)
-    near, next_ = each.gather(-1, first).sum(-1), each.gather(-1, second).sum(-1)
-    total = each.sum(-1)
-    cost = -(torch.log(near / total) + torch.log(next_ / (total - near).clamp(min=1e-9)))
-    return cost[has].mean()
+        masked = similarity.masked_fill(~has[:, None], float("-inf"))
+        chance = torch.softmax(masked.masked_fill(~has.any(dim=1)[:, None, None], 0.0), dim=-1)
+        agreed = V * masked_mean(chance, both)
+    for v, some in enumerate(has):
+        near = min(k, (int(some.sum()) - 1) // 2)
+        if near < 1:
+            continue
+        each = torch.exp(similarity[v][some][:, some] / temperature)
+        first = (agreed + chance[v])[some][:, some].topk(near, dim=-1).indices
+        second = chance[v][some][:, some].scatter(-1, first, 0.0).topk(near, dim=-1).indices
+        total, best = each.sum(-1), each.gather(-1, first).sum(-1)
+        rest = (total - best).clamp(min=1e-9)
+        cost.append(-(torch.log(best / total) + torch.log(each.gather(-1, second).sum(-1) / rest)))
+    return torch.cat(cost).mean() if cost else views.sum() * 0.0
 
 
 def agreeing(tables: list[np.ndarray], presence: np.ndarray, *, k: int, block: int = 512) -> list[sp.csr_matrix]:

@@ -120,7 +120,7 @@ class DiffMM(WrittenGraphs):
 
     def write(self) -> list[Tensor]:
         if not self.learnt:  # noise would be written: the events alone, for an epoch
-            self.learnt.fill_(True)
+            self.learnt = torch.ones_like(self.learnt)  # not in place: a copy may share it
             return [self.get_buffer(f"written{column}") for column in range(len(self.modalities))]
         return [self._follow(denoiser) for denoiser in self.denoisers]  # type: ignore[arg-type]
 
@@ -139,7 +139,8 @@ class DiffMM(WrittenGraphs):
                 now, beta = float(self.kept[t]), self.betas[t]
                 x = (beta * before**0.5 * told + (1 - before) * (1 - beta) ** 0.5 * x) / (1 - now)
             x = x.masked_fill(~self.warm, float("-inf"))
-            found.append(x.topk(min(int(self.config["top"]), self.n_items), dim=1).indices)
+            values, items = x.topk(min(int(self.config["top"]), self.n_items), dim=1)
+            found.append(items.masked_fill(torch.isinf(values), -1))
         denoiser.train(was)
         return torch.cat(found)
 

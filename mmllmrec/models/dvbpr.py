@@ -6,6 +6,7 @@ Legend: B batch, C some items, U users, I items, D width, S pixels a side.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Self
@@ -69,7 +70,6 @@ class DVBPR(VectorModel):
 
     supports_cold_items: ClassVar[bool] = True
     fit_defaults: ClassVar[dict[str, object]] = {"epochs": 20, "lr": 1e-3, "weight_decay": 1e-3}
-    penalty = staticmethod(l2)
 
     def __init__(
         self,
@@ -97,7 +97,8 @@ class DVBPR(VectorModel):
         self.pixels = torch.from_numpy(catalog.pixels(int(self.config["size"])).copy())  # moved with the batch
         self.register_buffer("seen", torch.from_numpy(catalog.present("image")), persistent=False)
         numbers: dict[bytes, int] = {}
-        self.same = torch.tensor([numbers.setdefault(p.tobytes(), len(numbers)) for p in self.pixels.numpy()])
+        looks = (hashlib.sha256(picture.tobytes()).digest() for picture in self.pixels.numpy())
+        self.same = torch.tensor([numbers.setdefault(look, len(numbers)) for look in looks])
 
     seen: Tensor  # (I,) which items have a picture
 

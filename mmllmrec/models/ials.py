@@ -110,10 +110,11 @@ class IALS(Factorised):
         items = self.factors[1].astype(np.float64)
         gram, alpha = items.T @ items + self.config["reg"] * np.eye(items.shape[1]), self.config["alpha"]
         found = np.zeros((self.n_users, items.shape[1]), dtype=np.float32)
-        outer = (items[:, :, None] * items[:, None]).reshape(len(items), -1)
-        for some in np.split(users, range(256, len(users), 256)):
+        for some in np.split(users, range(64, len(users), 64)):
             # eq. 4: (Y^T Y + alpha Y_u^T Y_u + reg 1) x = (1 + alpha) sum of y
-            own = (history[some] @ outer).reshape(len(some), *gram.shape)
+            taken = np.unique(history[some].indices)
+            outer = (items[taken, :, None] * items[taken, None]).reshape(len(taken), -1)
+            own = (history[some][:, taken] @ outer).reshape(len(some), *gram.shape)
             sums = (1 + alpha) * (history[some] @ items)
             found[some] = np.linalg.solve(gram + alpha * own, sums[..., None])[..., 0]
         return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +66,14 @@ class LGMRec(MultimodalModel):
             torch.nn.init.xavier_uniform_(layer.weight)
         self.means, self.sums = Propagation(normalised_events(train, mean=True)), Propagation(train.csr)
 
+    has: Tensor  # (M, N) nodes with an event and a modality, of users those who took an item that has it
+
+    def _use(self, features: FeatureTable) -> None:
+        super()._use(features)
+        items = features.presence & (self.train_data.item_counts > 0)[:, None]
+        has = np.concatenate([self.train_data.csr @ items.astype(np.float32) > 0, items]).T
+        self.register_buffer("has", torch.from_numpy(has.copy()), persistent=False)
+
     def encode(self) -> Encoded:
         users, items = self.graph(*self.ids())
         local = torch.cat([users, items])
@@ -103,22 +112,19 @@ class LGMRec(MultimodalModel):
         if not self.contrast_weight:
             return {}
         terms = []
-        for one, other in combinations(self.modalities, 2):
+        for (first, one), (second, other) in combinations(enumerate(self.modalities), 2):
             edges, others = encoded.parts[f"{one} edges"], encoded.parts[f"{other} edges"]
             norms = torch.linalg.vector_norm(encoded.parts[other] @ others, dim=1, keepdim=True).clamp(min=1e-12)
             # (N, K) for (N, D): among all nodes, cosines of vectors that K hyperedges span are products of K numbers
             scaled = encoded.parts[other] / norms
-            both = (self._has(one) & self._has(other)).split([self.n_users, self.n_items])
+            both = (self.has[first] & self.has[second]).split([self.n_users, self.n_items])
             halves = slice(0, self.n_users), slice(self.n_users, None)
             for rows, nodes, some in zip(halves, (batch.users, batch.items), both, strict=True):
                 nodes = nodes[some[nodes]]
+                anchors = unit(rows_of(encoded.parts[one][rows], nodes) @ edges) / self.temperature
+                place = some.cumsum(0) - 1
                 if len(nodes):
-                    anchors = unit(rows_of(encoded.parts[one][rows], nodes) @ edges) / self.temperature
-                    place = some.cumsum(0) - 1
                     terms.append(losses.matched_softmax(anchors @ others.T, scaled[rows][some], place[nodes]))
+                else:
+                    terms.append(anchors.sum())  # 0; all processes have the same terms
         return {"contrast": self.contrast_weight * torch.stack(terms).sum()} if terms else {}
-
-    def _has(self, modality: str) -> Tensor:
-        """Nodes with an event and with this modality, of users those who took an item that has it: (N,) bool."""
-        items = self.present(modality) & self.warm
-        return torch.cat([self.sums(items[:, None].float())[:, 0] > 0, items])

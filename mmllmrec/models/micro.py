@@ -75,7 +75,6 @@ class MICRO(LearnedModel):
         for m, name in enumerate(self.modalities):
             here = self.present(name)[items]
             view = encoded.parts["views"][items, m][here]
-            if len(view):
-                close = losses.info_nce(view, fused[here], temperature=self.temperature, both_ways=False, within=True)
-                terms.append(close)
-        return {"contrast": self.contrast_weight * torch.stack(terms).sum()} if terms else {}
+            close = {"temperature": self.temperature, "both_ways": False, "within": True}
+            terms.append(losses.info_nce(view, fused[here], **close) if len(view) else view.sum())  # type: ignore[arg-type]
+        return {"contrast": self.contrast_weight * torch.stack(terms).sum()}

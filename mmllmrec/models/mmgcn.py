@@ -51,9 +51,9 @@ class MMGCN(MultimodalModel):
     neighbours' W_1 x), own = act(W_2 x) + ID, and X' = act(W_3 [h; own]) (``combine="concat"``) or act(W_3 h + own)
     (``"add"``). A modality wider than ``hidden`` is first projected to that. BPR, and ``reg`` times the mean squares of
     the batch's IDs and preferences. An item without an event has no ID and no neighbours: its own vector is left,
-    of what it has. Departures: the published code penalises the first modality's preferences alone, and of all users;
-    it never trains IDs and preferences (``train_ids=False``), divides the sum by M, always
-    concatenates, and projects the first modality alone.
+    in the modalities it has. Departures: the published code penalises the first modality's preferences alone, and of
+    all users; it never trains IDs and preferences (``train_ids=False``), divides the sum by M, always concatenates, and
+    projects the first modality alone.
     """
 
     with_item_ids = False

@@ -6,7 +6,7 @@ Legend: B distinct users of a batch, U users, I items, M modalities, D width, F_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -87,32 +87,27 @@ class MMSSL(WrittenGraphs):
                 nn.Linear(wide[1], 1, bias=False),  # it would cancel
             )
         self._start(min(top, self.n_items))
-        self.rewrite()
-        self._link()
 
     # -- the graphs of an epoch ----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def write(self) -> list[Tensor]:
-        chosen = []
+        written, top = [], min(int(self.config["top"]), self.n_items)
         for told in self.through(self.maps):
             users = self.to_users(told)
             items, near = self.to_items(users), []
             for some in torch.arange(self.n_users).split(1024):
                 known = torch.from_numpy(self.train_data.csr[some.numpy()].toarray() > 0).to(items.device)
                 scores = (users[some] @ items.T).masked_fill(known | ~self.warm, float("-inf"))
-                near.append(scores.topk(min(int(self.config["top"]), self.n_items), dim=1).indices)
-            chosen.append(torch.cat(near))
-        return chosen
+                values, best = scores.topk(top, dim=1)
+                silent = torch.isinf(values) | (users[some] == 0).all(dim=1, keepdim=True)
+                near.append(best.masked_fill(silent, -1))  # nothing speaks for these
+            written.append(torch.cat(near))
+        return written
 
     def linked(self, chosen: sp.csr_matrix) -> list[Propagation]:
         degree = [np.maximum(np.asarray(chosen.sum(axis=a)).ravel(), 1) ** -0.5 for a in (1, 0)]
         return [Propagation(m) for m in _both((sp.diags(degree[0]) @ chosen @ sp.diags(degree[1])).tocsr())]
-
-    def with_catalog(self, catalog: Catalog) -> Self:
-        other = super().with_catalog(catalog)
-        other.rewrite()  # by its own features
-        other._link()
-        return other
 
     def weights(self) -> dict[str, Tensor]:
         """What is saved: not the critic, which no score reads."""
@@ -124,11 +119,13 @@ class MMSSL(WrittenGraphs):
         users, items = self.ids()
         parts: dict[str, Tensor] = {}
         through_users, through_items, contents = [], [], []
+        # outside training by the weights and features as they are, not those of the epoch's start
+        links = self.links if self.training else self.graphs_of(self.write())
         for column, (m, told) in enumerate(zip(self.modalities, self.through(self.maps), strict=True)):
             of_users = self.to_users(F.dropout(told, self.dropout, self.training))
             contents.append((of_users, self.to_items(of_users)))
-            through_users.append(self.links[2 * column](items))
-            through_items.append(self.links[2 * column + 1](users))
+            through_users.append(links[2 * column](items))
+            through_items.append(links[2 * column + 1](users))
             parts[f"users by {m}"] = through_users[-1]
         attended = []
         for views in (through_users, through_items):

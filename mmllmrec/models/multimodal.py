@@ -277,7 +277,9 @@ class WrittenGraphs(MultimodalModel):
 
     def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
         if not resumed:
-            self.rewrite()
+            with torch.no_grad():
+                for column, items in enumerate(self.write()):
+                    self.get_buffer(f"written{column}").copy_(items)
         self._link()
 
     def with_catalog(self, catalog: Catalog) -> Self:
@@ -286,21 +288,18 @@ class WrittenGraphs(MultimodalModel):
             other.register_buffer(f"written{column}", self.get_buffer(f"written{column}").clone())
         return other
 
-    @torch.no_grad()
-    def rewrite(self) -> None:
-        for column, items in enumerate(self.write()):
-            self.get_buffer(f"written{column}").copy_(items)
-
     def _link(self) -> None:
+        self.links = self.graphs_of([self.get_buffer(f"written{c}") for c in range(len(self.modalities))])
+
+    def graphs_of(self, written: Sequence[Tensor]) -> nn.ModuleList:
+        """What to multiply by, of items of each user, (U, top) a modality."""
         graphs = []
-        users = np.repeat(np.arange(self.n_users), self.get_buffer("written0").shape[1])
-        known = self.known.cpu().numpy()[users]
-        for column in range(len(self.modalities)):
-            items = self.get_buffer(f"written{column}").cpu().numpy().ravel()
-            some = known & (items >= 0)
-            cells = np.ones(int(some.sum()), dtype=np.float32), (users[some], items[some])
+        for items in (chosen.cpu().numpy() for chosen in written):
+            users = np.repeat(np.arange(self.n_users), items.shape[1])
+            some = self.known.cpu().numpy()[users] & (items.ravel() >= 0)
+            cells = np.ones(int(some.sum()), dtype=np.float32), (users[some], items.ravel()[some])
             graphs += self.linked(sp.csr_matrix(cells, shape=(self.n_users, self.n_items)))
-        self.links = nn.ModuleList(graphs).to(self.device)
+        return nn.ModuleList(graphs).to(self.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -40,6 +40,10 @@ FIXED = (
 Range = Sequence[Any]  # [a, b, c]: one of these; (low, high): between; (low, high, "log"): between, on a log scale
 
 
+class OtherSearchError(DataError):
+    """A folder holds another search than the one that is asked for."""
+
+
 @dataclass
 class Tuned:
     """What ``tune`` found. ``best``: the best trial's values by name, as in ``space``; ``score``: its validation value;
@@ -90,7 +94,7 @@ def tune(
     The first trial is the published setting: ``start``, else the defaults of ``build`` and of the fit settings; of a
     list of settings each is a trial, in order, none of them cut off. The others come from a tree-structured Parzen
     estimator (Bergstra et al. 2011), whose first third is drawn at random; where ``space`` has choices alone, they are
-    its other settings in random order, each once.
+    its other settings in random order, each once (of up to 200).
     With ``prune`` a trial ends at an epoch where its best value is below the median of the others' (Optuna's median
     rule), after a quarter of its epochs. Every trial has the same seed, so that settings are compared and not luck.
 
@@ -155,10 +159,13 @@ def tune(
         load_if_exists=True,
     )
     if study.user_attrs.get("key", key) != key:
-        raise DataError(f"{place} holds another search (data, seed, space or settings): pass another, or resume=False")
+        why = "data, seed, space or settings"
+        raise OtherSearchError(f"{place} holds another search ({why}): pass another, or resume=False")
     study.set_user_attr("key", key)
-    if not study.get_trials(deepcopy=False):
-        for one in published + _rest(ranges, published, seed):
+    # those that are not there: it may have been cut off here, or be of before
+    there = [t.params or t.system_attrs.get("fixed_params") for t in study.get_trials(deepcopy=False)]
+    for one in published + _rest(ranges, published, seed):
+        if one not in there:
             study.enqueue_trial(one)
 
     def spent() -> float:
@@ -293,8 +300,8 @@ def _rest(ranges: Mapping[str, Any], published: list[dict[str, Any]], seed: int)
 
 def _exhausted(study: Any, ranges: Mapping[str, Any]) -> bool:
     """Whether every setting has been tried."""
-    every, asked = _choices(ranges), study.get_trials(deepcopy=False)
-    return every is not None and len(asked) >= len(every) and all(t.state.is_finished() for t in asked)
+    every, tried = _choices(ranges), [t.params for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    return every is not None and all(one in tried for one in every)
 
 
 def _fit_names() -> set[str]:
