@@ -91,6 +91,6 @@ def test_a_bench_tells_each_step_and_the_command_that_asks_for_it(capsys):
 def test_a_cell_of_fewer_seeds_says_so():
     columns = ["system", "row", "metric", "mean", "std", "of oracle", "seeds"]
     rows = [("A", "all", "ndcg@20", 0.5, 0.1, None, 3), ("B", "all", "ndcg@20", 0.4, None, None, 1)]
-    summary = Summary("t", pd.DataFrame(rows, columns=columns), Path("card.json"))
+    summary = Summary("t", pd.DataFrame(rows, columns=columns, dtype=object), Path("card.json"))
     assert summary.table().loc["B", "all"] == "0.4000 (1 of 3 seeds)"
     assert summary.table().loc["A", "all"] == "0.5000 ±0.1000"
