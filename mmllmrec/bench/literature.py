@@ -34,7 +34,7 @@ RATE: dict[str, Any] = {"fit.lr": (3e-4, 1e-2, "log")}
 # which searches it); what moves nothing, as most systems' reg, is not here
 SEARCHED: dict[str, dict[str, Any]] = {
     "IALS": {"alpha": [40.0, 10.0, 1.0, 100.0], "reg": [0.01, 0.1, 1.0, 10.0]},
-    "ImplicitBPR": {"lr": [0.01, 0.03, 0.1], "reg": [0.01, 0.001, 0.1]},
+    "ImplicitBPR": {"iterations": [100, 300, 1000], "reg": [0.01, 0.03], "lr": [0.01, 0.03]},
     "ItemKNN": {"k": [100, 20, 50, 200], "shrink": [10.0, 0.0, 100.0]},
     "EASE": {"reg": [200.0, 50.0, 500.0, 1000.0]},
     "BPR": {"reg": [1e-2, 1e-1, 1.0]},

@@ -134,7 +134,7 @@ class ImplicitBPR(Factorised):
         dim: int = 64,
         lr: float = 0.01,
         reg: float = 0.01,
-        iterations: int = 300,
+        iterations: int = 100,
         seed: int = 0,
     ):
         super().__init__(train, dim=dim, lr=lr, reg=reg, iterations=iterations, seed=seed)
