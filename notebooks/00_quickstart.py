@@ -119,8 +119,8 @@ mm.recommend(run.model, users=["u17"], k=6, catalog=data.catalog)
 # %% [markdown]
 # **What it means.** The graph model cannot tell one new item from another; the unified model places them by how they
 # look and read, and falls when their pictures or words are exchanged. Its share of the oracle says how far there is to
-# go. On warm items, where IDs are known, it is not behind either: what content says of an item helps where events are
-# few. One world and one seed are an illustration: `mmllmrec bench quickstart --seeds 3` is the measurement.
+# go. On warm items, where IDs are known, it is not behind this LightGCN, which has another loss; `bench q1` compares
+# them under one. One world and one seed are an illustration: `mmllmrec bench quickstart --seeds 3` is the measurement.
 
 # %%
 if not SMOKE:

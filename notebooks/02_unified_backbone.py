@@ -269,7 +269,8 @@ for folder in ("notebooks/cards/q1", "notebooks/cards/q1-atelier-b", "notebooks/
 # **What it means.** A model of IDs cannot tell new items apart, and both models that look and read can. The line
 # `TwoStage` says how much of that comes from the pretrained towers alone; what stands above it is what training the
 # towers with the recommender adds, and the interval says how sure one world can make us. What training does is visible
-# in the neighbours: likeness comes to mean what people choose by.
+# in the neighbours: likeness moves to material, occasion, pattern and the exclusive or; hue and kind, strong before,
+# lose a little.
 #
 # The last table is of recorded data, and says that this is no law: on eleven hundred artists with names and tags,
 # training the towers adds nothing to the same head over frozen features, and towers of random weights do as well.

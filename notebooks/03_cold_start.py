@@ -223,7 +223,7 @@ dropped.compare("Unified", row="cold").round(4)
 
 # %% [markdown]
 # ## Over three seeds
-# The measurement, on the test part and with every row's settings searched within one budget, is `mmllmrec bench q2`:
+# The measurement, on the test part and with settings searched on validation, is `mmllmrec bench q2`:
 
 # %%
 for folder in ("notebooks/cards/q2", "notebooks/cards/q2-lastfm", "notebooks/cards/q2-movielens"):

@@ -216,8 +216,8 @@ for folder in ("notebooks/cards/q3", "notebooks/cards/q3-lastfm"):
     print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
 
 # %% [markdown]
-# **What it means.** A chime or a scent enters as one more soft token and one more late path, and an encoder of a few
-# thousand numbers, trained from nothing on the same events, finds the taste for it. What it can add is bounded by what
+# **What it means.** A chime or a scent enters as one more soft token and one more late path, and an encoder of some
+# 70,000 numbers, trained from nothing on the same events, finds the taste for it. What it can add is bounded by what
 # people care for: a few hundredths of their utility here. An item that lacks a sense is scored by the others, and the
 # curve bends rather than breaks.
 #

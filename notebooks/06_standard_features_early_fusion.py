@@ -111,10 +111,10 @@ plt.tight_layout()
 # **What it means.** On items that training knows, IDs alone are ahead: content in the same sum has to share their
 # vector. On new ones IDs say nothing, and the frozen features all that this recommender will ever know; a picture dealt
 # to another item costs it two thirds, so it is content and not capacity. Among new items both modalities together are
-# ahead of each: they see different things. How they are added up matters as much as that they are. Weights that are
-# learned an item at a time (gate, attentive) and the maximum fall behind a plain sum, and a rule without a parameter,
-# which trusts an ID the more, the more events it has, is ahead of them all. What no sum can hold is the subject of
-# `05_fusion`.
+# ahead of words alone and level with pictures alone. How they are added up matters as much as that they are. Weights
+# that are learned an item at a time (gate, attentive) and the maximum fall behind a plain sum, and a rule without a
+# parameter, which trusts an ID the more, the more events it has, is ahead of them all. What no sum can hold is the
+# subject of `05_fusion`.
 
 # %%
 if not SMOKE:

@@ -15,8 +15,8 @@
 # # Your own data, modality, encoder and system
 #
 # **Question.** What does it take to bring something of one's own? Four things, a cell each: a folder of data, a
-# modality that is neither picture nor text, an encoder, and a published system. Each then has everything: the same
-# splits, losses, trainer, evaluator, controls and run cards as the rest.
+# modality that is neither picture nor text, an encoder, and a system. Each then has everything: the same splits,
+# losses, trainer, evaluator, controls and run cards as the rest.
 
 # %% tags=["parameters"]
 import os
