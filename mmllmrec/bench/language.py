@@ -35,6 +35,7 @@ from mmllmrec.language.generate import Generator
 from mmllmrec.language.profiles import LAST, Overlap, Profiles
 from mmllmrec.language.rerank import REASONINGS, Reranked, thoughts
 from mmllmrec.language.retrieve import Retriever
+from mmllmrec.language.senses import heard
 from mmllmrec.runcard import content_hash
 from mmllmrec.seed import dealt
 
@@ -122,12 +123,12 @@ def language(
     Rows that are fitted: the first stage, the two-stage model with profiles by template, by a language model, with
     retrieved evidence, and with those of other items (the control), and the unified model. Beside them the first ``n``
     of the first stage and of the unified model (of the two-stage one where ``systems`` leaves that out) in the language
-    model's order. It is told what is counted for and against each (``profiles.Overlap``), zero-shot, tuned, with texts
-    of other items (the control) and with retrieved evidence; or, tuned, the history alone; and of the first ``LISTED``
-    it is told what is counted, or it writes thoughts of its own, or it orders them as a list. How much the model's
-    judgement counts against the scorer's own, and how much how often an item is taken (``WEIGHTS``), is chosen on
-    validation for each of them alone, 0 among the choices; so it is for what knows no language and adds how often an
-    item is taken.
+    model's order. It is told what is counted for and against each (``profiles.Overlap``, sound and scent among it as
+    clusters), zero-shot, tuned, with texts of other items (the control) and with retrieved evidence; or, tuned, the
+    history alone; and of the first ``LISTED`` it is told what is counted, or it writes thoughts of its own, or it
+    orders them as a list. How much the model's judgement counts against the scorer's own, and how much how often an
+    item is taken (``WEIGHTS``), is chosen on validation for each of them alone, 0 among the choices; so it is for what
+    knows no language and adds how often an item is taken.
 
     ``model`` is a language model (``Generator.load``): on planted worlds ``nano-writer`` unless named. On other data
     the rows that generate are there when one is named, and the template's are there without. What is written, judged,
@@ -168,6 +169,7 @@ class Desk:
     orders: dict[str, Order] = field(default_factory=dict)  # by the name of a scorer
     _seen: list[str] | None = field(default=None, repr=False)
     _profiles: dict[Any, Profiles] = field(default_factory=dict, repr=False)
+    _heard: dict[str, list[list[str]]] = field(default_factory=dict, repr=False)  # of the split at hand
     _tuning: dict[str, float] = field(default_factory=dict, repr=False)  # seconds, by a tuned model's hash
 
     def __post_init__(self) -> None:
@@ -229,6 +231,17 @@ class Desk:
         self._profiles[split.hash, kind] = found
         return found
 
+    def lines(self, split: Split, made: Mapping[str, Any], how: str) -> list[str]:
+        """A line an item, as the language model is told of it: what was written, and where reasons are counted, what
+        sound and scent are clusters of (``language.senses``) too."""
+        texts = self.profiles(split, "written", made).items
+        if how != "counted":
+            return texts
+        if split.hash not in self._heard:
+            self._heard = {split.hash: heard(split.catalog, fit_on=split.warm_items)}
+        parts = zip(texts, self._heard[split.hash], strict=True)
+        return [", ".join([*([text] if text else []), *words]) for text, words in parts]
+
     def last(self, split: Split, made: Mapping[str, Any], *, besides: int = 1) -> int:
         """How many items of a history a prompt can tell with ``besides`` further ones, the longest there are."""
         writer, texts = self._ready(), self.profiles(split, "written", made).items
@@ -254,7 +267,7 @@ class Desk:
 
     def tuned(self, split: Split, made: Mapping[str, Any], how: str) -> Generator:
         """The language model after instruction tuning on a split's training events, told as ``telling`` says."""
-        writer, texts, train = self._ready(), self.profiles(split, "written", made).items, split.train
+        writer, texts, train = self._ready(), self.lines(split, made, how), split.train
         drawn = ASKED | ({} if how == "counted" else FEWER) | ({"rounds": 1} if self.quick else {})
         asked = self.telling(split, made, how)
         prompts = [load_prompt(name).hash for name in (asked["mode"], "preference_reasoning")]
@@ -379,7 +392,7 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
         own, by = ((users @ items.T).detach() for users, items in (runs[name].model.embed() for name in (FIRST, TWIN)))
         scorers.append(Ordered(ORDER, own, desk.candidates(split, runs), by))
     for name, order in desk.orders.items():
-        texts = desk.profiles(split, "written", runs).items
+        texts = desk.lines(split, runs, order.how)
         asked = {
             "texts": _dealt(texts, seed) if order.shuffled else texts,
             "n": min(desk.n, LISTED) if order.few else desk.n,
