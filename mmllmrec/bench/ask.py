@@ -88,8 +88,7 @@ def ask(
     searched = {r.search for r in (REFERENCE, *rows) if r.space}
     bar = Progress(question.name, len(searched) + seeds * len(rows))
     fits = _Fits(rows, asked.data, budget)
-    split = question.search(asked.data)
-    _search(fits, split, question.searches, quick, bar)
+    _search(fits, question.search(asked.data), question.searches, quick, bar)
     tuned = fits.tuned
     told = {"data": asked.name or asked.data.name, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
     command = command_of(question.name, **told, **question.options, vision=asked.vision)

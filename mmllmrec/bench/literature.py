@@ -69,7 +69,6 @@ CLOSED = ("IALS", "ImplicitBPR", "ItemKNN", "EASE")
 SOFTMAXED = ("AlphaRec", "CLCRec")  # whose published loss is a softmax of their own, as they are in the questions
 SYSTEMS = (*SEARCHED, *SOFTMAXED)
 SOFTMAX = "LightGCN, softmax"  # the reference of the questions, with the budget of all
-BASE = {SOFTMAX: "LightGCN"}
 # where a whole survey would take a day: the oldest and the strongest of each kind
 TEN = ("IALS", "EASE", "BPR", "LightGCN", "SimGCL", "VBPR", "MMGCN", "FREEDOM", "BM3", "MGCN")
 
@@ -143,7 +142,8 @@ def published_row(name: str, asked: Setup) -> Row:
     """A system under its published loss, its settings searched around the published ones."""
     build = builder(name, asked)
     if name in (SOFTMAX, *SOFTMAXED):
-        space, start = SPACES[BASE.get(name, name)], STARTS.get(BASE.get(name, name), {})
+        base = name.partition(", ")[0]
+        space, start = SPACES[base], STARTS.get(base, {})
         settings = {**FIT, "weight_decay": 1.0}
     else:
         found = SEARCHED[name]
@@ -177,8 +177,9 @@ def builder(name: str, asked: Setup, **fixed: Any) -> Callable[..., Any]:
     def build(split: Split, made: Mapping[str, Any], **options: Any) -> Any:
         from mmllmrec import models
 
-        cls: Any = models.classes()[BASE.get(name, name)]
-        options |= {"loss": "softmax"} if name == SOFTMAX else {}
+        base, _, loss = name.partition(", ")
+        cls: Any = models.classes()[base]
+        options |= {"loss": loss} if loss else {}
         content = {"features": features(asked, split)} if hasattr(cls, "with_catalog") else {}
         return cls(split.train, **content, **options, **fixed)
 

@@ -30,14 +30,13 @@ def heard(
     found: list[list[str]] = [[] for _ in range(len(catalog))]
     if not some:
         return found
-    table = FeatureTable.from_catalog(catalog, fit_on=fit_on).only(some)
+    table = FeatureTable.from_catalog(catalog, fit_on=fit_on).only(some).standardise(fit_on)
     for column, modality in enumerate(table.modalities):
         here = table.presence[:, column]
         known = here & np.asarray(fit_on, dtype=bool)
         if known.sum() < 4:
             continue
         rows = table.tables[modality]
-        rows = (rows - rows[known].mean(axis=0)) / (rows[known].std(axis=0) + 1e-6)
         for item, code in zip(np.flatnonzero(here), clusters(rows[known], rows[here], most=most), strict=True):
             found[item].append(f"{senses[modality]} {ascii_lowercase[code]}")
     return found

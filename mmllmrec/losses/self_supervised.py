@@ -35,10 +35,10 @@ def info_nce(
     if not both_ways and not within:
         return matched_softmax(first / temperature, second, own)
     across = first / temperature @ second.T
-    views = [(across, first), (across.T, second)][: 1 + both_ways]
+    ways = [across, across.T] if both_ways else [across]
     if within:
-        views = [(torch.cat([logits, _others(rows, temperature)], dim=1), rows) for logits, rows in views]
-    return torch.stack([F.cross_entropy(logits, own) for logits, _ in views]).mean()
+        ways = [torch.cat([w, _others(x, temperature)], dim=1) for w, x in zip(ways, (first, second), strict=False)]
+    return torch.stack([F.cross_entropy(logits, own) for logits in ways]).mean()
 
 
 def _others(rows: Tensor, temperature: float | Tensor) -> Tensor:

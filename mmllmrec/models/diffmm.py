@@ -112,7 +112,7 @@ class DiffMM(WrittenGraphs):
         kept, self.betas = schedule(steps, noise=noise)
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("learnt", torch.tensor(False))  # whether the denoisers have had an epoch
-        self._start(min(top, self.n_items))
+        self._start(top)
 
     kept: Tensor  # (T,) how much of the signal is left at a step
 
@@ -139,7 +139,7 @@ class DiffMM(WrittenGraphs):
                 now, beta = float(self.kept[t]), self.betas[t]
                 x = (beta * before**0.5 * told + (1 - before) * (1 - beta) ** 0.5 * x) / (1 - now)
             x = x.masked_fill(~self.warm, float("-inf"))
-            values, items = x.topk(min(int(self.config["top"]), self.n_items), dim=1)
+            values, items = x.topk(self.top, dim=1)
             found.append(items.masked_fill(torch.isinf(values), -1))
         denoiser.train(was)
         return torch.cat(found)

@@ -75,6 +75,9 @@ class MICRO(LearnedModel):
         for m, name in enumerate(self.modalities):
             here = self.present(name)[items]
             view = encoded.parts["views"][items, m][here]
-            close = {"temperature": self.temperature, "both_ways": False, "within": True}
-            terms.append(losses.info_nce(view, fused[here], **close) if len(view) else view.sum())  # type: ignore[arg-type]
+            if not len(view):
+                terms.append(view.sum())
+                continue
+            near = losses.info_nce(view, fused[here], temperature=self.temperature, both_ways=False, within=True)
+            terms.append(near)
         return {"contrast": self.contrast_weight * torch.stack(terms).sum()}

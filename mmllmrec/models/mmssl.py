@@ -86,20 +86,20 @@ class MMSSL(WrittenGraphs):
                 nn.LeakyReLU(),
                 nn.Linear(wide[1], 1, bias=False),  # it would cancel
             )
-        self._start(min(top, self.n_items))
+        self._start(top)
 
     # -- the graphs of an epoch ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def write(self) -> list[Tensor]:
-        written, top = [], min(int(self.config["top"]), self.n_items)
+        written = []
         for told in self.through(self.maps):
             users = self.to_users(told)
             items, near = self.to_items(users), []
             for some in torch.arange(self.n_users).split(1024):
                 known = torch.from_numpy(self.train_data.csr[some.numpy()].toarray() > 0).to(items.device)
                 scores = (users[some] @ items.T).masked_fill(known | ~self.warm, float("-inf"))
-                values, best = scores.topk(top, dim=1)
+                values, best = scores.topk(self.top, dim=1)
                 silent = torch.isinf(values) | (users[some] == 0).all(dim=1, keepdim=True)
                 near.append(best.masked_fill(silent, -1))  # nothing speaks for these
             written.append(torch.cat(near))

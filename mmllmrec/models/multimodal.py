@@ -262,9 +262,12 @@ class WrittenGraphs(MultimodalModel):
     made.
     """
 
+    top: int  # items of a user
+
     def _start(self, top: int) -> None:
+        self.top = min(top, self.n_items)
         for column in range(len(self.modalities)):
-            self.register_buffer(f"written{column}", torch.full((self.n_users, top), -1))
+            self.register_buffer(f"written{column}", torch.full((self.n_users, self.top), -1))
         self._link()
 
     @abstractmethod
