@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 LIBRARIES = ("mmllmrec", "torch", "transformers", "open_clip_torch", "peft", "accelerate", "datasets", "numpy", "scipy")
 
@@ -100,7 +101,9 @@ def versions() -> dict[str, str]:
 
 def reset_peak_memory() -> None:
     """Let ``peak_memory_mb`` count from now on, where the system can (Linux: 5 to /proc/self/clear_refs sets VmHWM to
-    what is resident now); elsewhere the peak stays that of the whole program."""
+    what is resident now); elsewhere the peak stays that of the whole program. ``peak_device_memory_mb`` too."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -119,6 +122,16 @@ def peak_memory_mb() -> float:
     return round(peak / (1024.0**2 if sys.platform == "darwin" else 1024.0), 1)
 
 
+def peak_device_memory_mb() -> float:
+    """Peak memory of this program's tensors on a CUDA device since ``reset_peak_memory``, in MiB; 0 without one."""
+    return round(torch.cuda.max_memory_allocated() / 1024.0**2, 1) if torch.cuda.is_available() else 0.0
+
+
+def device_name() -> str:
+    """What trains here: the CUDA device's name, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 @dataclass
 class RunCard:
     """What made a result: enough to find it again and to make it again. Saved as JSON beside the result."""
@@ -134,6 +147,8 @@ class RunCard:
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory_mb: float = field(default_factory=peak_memory_mb)
+    device: str = field(default_factory=device_name)
+    peak_device_memory_mb: float = field(default_factory=peak_device_memory_mb)
     trainable_parameters: int = 0
     test_opened: int = 0  # how often the sealed test part had been opened when the card was written
     versions: dict[str, str] = field(default_factory=versions)
@@ -157,6 +172,7 @@ class RunCard:
         """Read a card. Raises ``ValueError`` naming the file when it is no run card."""
         try:
             values: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**values)
+            # cards of before do not say where they were made
+            return cls(**{"device": "", "peak_device_memory_mb": 0.0, **values})
         except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a run card: {error}") from error

@@ -57,7 +57,7 @@ def test_each_epoch_but_the_first_and_the_last_is_timed(monkeypatch):
         return Run
 
     monkeypatch.setattr(bench, "fit", fit)
-    monkeypatch.setattr(bench, "rates", lambda: (1e9, 1e9))
+    monkeypatch.setattr(bench, "rates", lambda **asked: (1e9, 1e9))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
     found = bench.measure(system="BPR", size=SMALL, repeats=3)
     assert found["epochs"] == [1, 2, 9] and found[bench.EPOCH] == 2 and found[bench.SAMPLES] == round(1511 / 2)

@@ -250,13 +250,18 @@ class Desk:
 
     def retriever(self, split: Split, made: Mapping[str, Any], texts: Sequence[str]) -> Retriever:
         """Evidence by nearness in the first stage's vectors."""
-        users, items = made[FIRST].model.embed()
+        users, items = self._first(made).embed()
         return Retriever(split.train, texts, users.detach(), items.detach())
 
     def candidates(self, split: Split, made: Mapping[str, Any]) -> Lists:
         """The first places of the first stage, of all users."""
         train = split.train
-        return top(frozen(made[FIRST].model), np.arange(train.n_users), train.n_items, seen=train.csr, k=self.n)
+        return top(frozen(self._first(made)), np.arange(train.n_users), train.n_items, seen=train.csr, k=self.n)
+
+    def _first(self, made: Mapping[str, Any]) -> Any:
+        """The first stage, on the CPU: what a tuned model was tuned to is known by its candidates, and elsewhere near
+        ties fall in another order from one run to the next."""
+        return made[FIRST].model.cpu()
 
     def telling(self, split: Split, made: Mapping[str, Any], how: str) -> dict[str, Any]:
         """Keywords of ``Reranked``: ``counted``, what speaks for and against is counted, and nothing else is told;
@@ -389,7 +394,8 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
     """The scorers beside the rows: the first places of the first stage and of ours in other orders."""
     scorers: list[Any] = []
     if TWIN in runs:
-        own, by = ((users @ items.T).detach() for users, items in (runs[name].model.embed() for name in (FIRST, TWIN)))
+        vectors = (runs[name].model.cpu().embed() for name in (FIRST, TWIN))
+        own, by = ((users @ items.T).detach() for users, items in vectors)
         scorers.append(Ordered(ORDER, own, desk.candidates(split, runs), by))
     for name, order in desk.orders.items():
         texts = desk.lines(split, runs, order.how)

@@ -35,7 +35,8 @@ from mmllmrec.seed import generator as numbers
 from mmllmrec.shipped import shipped
 
 SHIPPED = {"nano": "adapters/nano-base/language", "nano-writer": "adapters/nano-writer"}
-TOKENS = 8192  # of a batch, those to be written among them
+TOKENS = 8192  # of a batch on a CPU, those to be written among them
+MORE = 8  # times as many elsewhere
 CLOSING = 4096  # steps in which an answer that was cut must come to an end
 CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
 LETTERS = b"abcdefghijklmnopqrstuvwxyz0123456789@.:/-"  # what a pattern that is not yet met is tried with first
@@ -153,7 +154,7 @@ class Generator:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
-        batch_tokens: int = TOKENS,
+        batch_tokens: int | None = None,
         folder: str | os.PathLike[str] | None = None,
         shorten: bool = False,
         progress: bool = True,
@@ -164,12 +165,13 @@ class Generator:
         that are drawn for each row alone (``seed`` and the row), whatever is asked beside it.
         Where the prompt has an ``output`` schema the text is held to it while it is written (``llguidance``), so that
         any model, trained or not, gives JSON that parses and validates; at ``max_tokens`` open strings, lists and
-        objects are closed. Rows are batched by length, at most ``batch_tokens`` tokens a batch (four times as many in
-        the cache, where they begin alike); equal rows are answered once, and what rows that follow one another begin
-        with alike is read once. With ``folder`` answers are kept in a JSON-lines file by model, prompt and settings,
-        written batch by batch: a run that was killed goes on there. A line that was cut off is dropped and written
-        anew. ``shorten``: a row that renders longer than the ``context`` allows loses the oldest of its history, the
-        last of its other lists and the ends of its texts, the longest first, until it fits.
+        objects are closed. Rows are batched by length, at most ``batch_tokens`` tokens a batch (unless given
+        8,192 on a CPU and 65,536 elsewhere; four times as many in the cache, where they begin alike); equal rows are
+        answered once, and what rows that follow one another begin with alike is read once. With ``folder`` answers are
+        kept in a JSON-lines file by model, prompt and settings, written batch by batch: a run that was killed goes on
+        there. A line that was cut off is dropped and written anew. ``shorten``: a row that renders longer than the
+        ``context`` allows loses the oldest of its history, the last of its other lists and the ends of its texts, the
+        longest first, until it fits.
 
         Raises ``DataError`` for a row that is too long all the same, for a schema that cannot be held, and for a file
         of answers with a broken line in its middle.
@@ -190,7 +192,9 @@ class Generator:
         names, distinct = list(left), list(left.values())
         bar = self._bar(prompt, keys, left, unit="answer", progress=progress)
         written = 0
-        for group in _grouped(distinct, [1] * len(distinct), batch_tokens, more=max_tokens, share=self._shares):
+        for group in _grouped(
+            distinct, [1] * len(distinct), self._room(batch_tokens), more=max_tokens, share=self._shares
+        ):
             some = [names[n] for _, part in group for n in part]
             drawn = _Drawn(seed, some, temperature, top_p) if sample else None
             began = time.perf_counter()
@@ -212,7 +216,7 @@ class Generator:
         rows: Sequence[Mapping[str, Any]],
         answers: Sequence[str],
         *,
-        batch_tokens: int = TOKENS,
+        batch_tokens: int | None = None,
         folder: str | os.PathLike[str] | None = None,
         shorten: bool = False,
         progress: bool = True,
@@ -237,7 +241,7 @@ class Generator:
         part: dict[str, list[float]] = {key: [0.0] * len(said) for key in names}
         due = dict.fromkeys(names, len(ends))
         bar = self._bar(prompt, keys, left, unit="row", progress=progress)
-        for group in _grouped(whole, counts, batch_tokens, share=self._shares):
+        for group in _grouped(whole, counts, self._room(batch_tokens), share=self._shares):
             began, done = time.perf_counter(), []
             with still(self.model):
                 told = self._read(group, whole, counts)
@@ -263,7 +267,7 @@ class Generator:
         rows: Sequence[Mapping[str, Any]],
         labels: Sequence[Sequence[str]],
         *,
-        batch_tokens: int = TOKENS,
+        batch_tokens: int | None = None,
         folder: str | os.PathLike[str] | None = None,
         shorten: bool = False,
         progress: bool = True,
@@ -291,7 +295,7 @@ class Generator:
         kept = _Kept(folder, content_hash(self.hash, prompt.hash, "permutations"), ANSWER)
         left = {key: n for n, key in enumerate(keys) if key not in kept.found}
         bar = self._bar(prompt, keys, left, unit="list", progress=progress)
-        for group in _batches({n: len(asked[n]) + more[n] for n in left.values()}, batch_tokens):
+        for group in _batches({n: len(asked[n]) + more[n] for n in left.values()}, self._room(batch_tokens)):
             began = time.perf_counter()
             with still(self.model):
                 orders = self._ordered([asked[n] for n in group], [labels[n] for n in group], spelled, comma)
@@ -328,12 +332,12 @@ class Generator:
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "past_key_values": past}
             scores, past = self._last(1, **inputs, use_cache=True)
             scores = scores[:, 0]
-            written = []
+            written, before = [], ids[:, -1].tolist()
             for row, (some, order) in enumerate(zip(left, orders, strict=True)):
                 size = len(begun[row])
                 open_ = sorted({spelled[t][size] for t in some if spelled[t][:size] == begun[row]})
                 # after a label, a comma; and commas, which nobody reads, when a row is through
-                if not some or (order and not size and int(ids[row, -1]) != comma):
+                if not some or (order and not size and before[row] != comma):
                     written.append(comma)
                     continue
                 written.append(open_[int(scores[row, open_].argmax())])
@@ -371,6 +375,12 @@ class Generator:
         bar = tqdm(total=asked, desc=named, disable=not progress, unit=unit)
         bar.update(asked - len(left))
         return bar
+
+    def _room(self, batch_tokens: int | None) -> int:
+        """How many tokens a batch holds."""
+        if batch_tokens is not None:
+            return batch_tokens
+        return TOKENS if self.device.type == "cpu" else MORE * TOKENS
 
     @cached_property
     def _shares(self) -> bool:

@@ -103,7 +103,7 @@ class Filtered(nn.Module):
         self.light, self.filter = LightGraph(train, layers=layers), SpectralFilter(dim)
 
     def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
-        return self.light(users, self.filter(torch.fft.rfft(items, norm="ortho")), through=through)  # type: ignore[no-any-return]
+        return self.light(users, self.filter(torch.fft.rfft(items.float(), norm="ortho")), through=through)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ class Hybrid(Recommender):
         other.bias = nn.Parameter(padded(self.bias))
         other.bank, other.item_present = padded(self.bank), padded(self.item_present)
         if self.graph is not None:
-            other.graph = LightGraph(train, layers=self.graph.layers)
+            other.graph = LightGraph(train, layers=self.graph.layers).to(self.device)
         return other
 
     # -- training ---------------------------------------------------------------------------------------------------

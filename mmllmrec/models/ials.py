@@ -48,7 +48,7 @@ class Factorised(ClosedForm):
     def score(self, users: np.ndarray | Tensor) -> Tensor:
         """Scores of all items, (B,) -> (B, I) float32."""
         all_users, items = self.embed()
-        return all_users[torch.as_tensor(users)] @ items.T
+        return all_users[torch.as_tensor(users).cpu()] @ items.T
 
     def with_history(self, history: Interactions) -> Self:
         _ = self.factors  # once, here, so that every copy shares it

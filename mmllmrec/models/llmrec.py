@@ -152,7 +152,7 @@ class LLMRec(MultimodalModel):
 
 
 def _rows(given: np.ndarray | Tensor, users: int, what: str) -> Tensor:
-    rows = torch.as_tensor(np.asarray(given))
+    rows = torch.as_tensor(given).detach().cpu()
     if rows.ndim != 2 or len(rows) != users:
         raise DataError(f"{what} have shape {tuple(rows.shape)}; expected ({users}, ...), a row a user")
     return rows

@@ -84,7 +84,7 @@ class SMORE(SideModel):
         ids = self.ids()
         behaviour = torch.cat(self.graph(*ids))
         present = self.all_present()
-        spectra = [torch.fft.rfft(told, norm="ortho") for told in self.through(self.maps)]
+        spectra = [torch.fft.rfft(told.float(), norm="ortho") for told in self.through(self.maps)]
         product = torch.ones_like(spectra[0])
         for column, spectrum in enumerate(spectra):
             product = product * torch.where(present[:, column, None], spectrum, torch.ones_like(spectrum))

@@ -82,7 +82,8 @@ def fit_causal(
     padding, in an order drawn every epoch. AdamW, linear ``warmup`` and half a cosine to zero; ``clip`` bounds the
     gradient's norm. After every epoch the loss on ``valid`` is measured, and the weights of the best epoch are kept;
     ``patience`` is how many epochs without a better one end it. With ``folder`` a checkpoint is written after every
-    epoch and every ``checkpoint_every`` steps, and a run that was cut off goes on, to the same result. Started by
+    epoch and every ``checkpoint_every`` steps, and a run that was cut off goes on, to the same result (on a GPU as near
+    as two whole runs are). Started by
     ``accelerate launch`` or torchrun every process takes its share of a batch.
 
     Returns a ``Run`` whose ``best_score`` is minus the validation loss. Raises ``DataError`` for rows without an

@@ -28,7 +28,14 @@ from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.calibration import cold_room
 from mmllmrec.evaluation.protocols import validation_score
 from mmllmrec.models.base import Recommender
-from mmllmrec.runcard import RunCard, content_hash, peak_memory_mb, reset_peak_memory, write_json
+from mmllmrec.runcard import (
+    RunCard,
+    content_hash,
+    peak_device_memory_mb,
+    peak_memory_mb,
+    reset_peak_memory,
+    write_json,
+)
 from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
 
@@ -107,7 +114,8 @@ def fit(
     ``min_epochs`` not counted: graph models begin as popularity, and fall before they rise.
     ``batch_size`` is that of all processes together; with ``item_batch`` a batch is instead all events of that many
     items (``sampling.item_blocks``; for models with an in-batch loss). With ``folder``, a checkpoint is written after
-    every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result.
+    every epoch (and every ``checkpoint_every`` steps) and a run that was cut off goes on from it, to the same result;
+    on a GPU, whose sums are in no fixed order, to one as near as two whole runs are.
     ``cold_cost`` chooses, once training is over, how new items stand against known ones: the share of the monitor on
     known items that room for new ones may cost, or as much as leaves ``warm_floor`` where that is more
     (``evaluation.calibration.cold_room``; for models that rank new items, on splits that have some). The run's score is
@@ -319,6 +327,7 @@ def fit(
             state["best_score"] = validation_score(model, split.train, split.valid, metric=monitor)
     card.seconds = round(spent + time.perf_counter() - began, 3)
     card.peak_memory_mb = state.get("peak", peak_memory_mb())  # a run that is only read again had its peak in training
+    card.peak_device_memory_mb = peak_device_memory_mb()
     card.metrics = {monitor: state["best_score"], "best_epoch": state["best_epoch"]}
     card.model["weights"] = content_hash(*(p for k, v in sorted(best.items()) for p in (k, v.float().numpy())))
     if place is not None and accelerator.is_main_process:

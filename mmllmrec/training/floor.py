@@ -52,13 +52,14 @@ class Count(TorchDispatchMode):
         self.bytes += entries * (index + x.element_size() + width) + rows * width
 
 
-def rates(*, repeats: int = 5) -> tuple[float, float]:
-    """Floating-point operations and bytes a second, float32, on the threads at hand: medians of a product of two 1024 x
-    1024 matrices, and of a copy of 256 MiB (each byte read and written)."""
-    one, other, target = torch.ones(N, N), torch.ones(N, N), torch.empty(COPIED)
-    source = torch.ones(COPIED)
-    product = _median(lambda: torch.mm(one, other), repeats)
-    copied = _median(lambda: target.copy_(source), repeats)
+def rates(*, repeats: int = 5, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Floating-point operations and bytes a second, float32, on the threads at hand or another ``device``: medians of a
+    product of two 1024 x 1024 matrices, and of a copy of 256 MiB (each byte read and written)."""
+    one, other = torch.ones(N, N, device=device), torch.ones(N, N, device=device)
+    source, target = torch.ones(COPIED, device=device), torch.empty(COPIED, device=device)
+    wait = torch.cuda.synchronize if one.is_cuda else lambda: None  # its work is only ordered when a call returns
+    product = _median(lambda: (torch.mm(one, other), wait()), repeats)
+    copied = _median(lambda: (target.copy_(source), wait()), repeats)
     return 2 * N**3 / product, 2 * 4 * COPIED / copied
 
 
@@ -71,7 +72,8 @@ def floor(model: Recommender, split: Split, *, batch_size: int, flops: float, ba
     """
     model.train()
     model.begin_epoch(generator(0, "floor"))
-    batch = next(iter(epoch(split.train, batch_size=batch_size, negatives=model.negatives, rng=generator(0, "floor"))))
+    batches = epoch(split.train, batch_size=batch_size, negatives=model.negatives, rng=generator(0, "floor"))
+    batch = next(iter(batches)).to(model.device)
     with Count() as count:
         torch.stack(list(model.loss(batch).values())).sum().backward()
     model.zero_grad(set_to_none=True)

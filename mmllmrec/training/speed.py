@@ -247,7 +247,7 @@ def measure(
     found[PAIR] = round(statistics.median(pairs), 4)
     found |= {PEAK: round(max(peak, peak_memory_mb())), "threads": torch.get_num_threads()}
     if model.trainable:  # what follows is not in the peak
-        flops, bandwidth = rates()
+        flops, bandwidth = rates(device=model.device)
         least = floor(model, split, batch_size=FIT["batch_size"], flops=flops, bandwidth=bandwidth)
         found |= {FLOOR: round(found[EPOCH] / least, 2), "floor seconds": round(least, 4)}
         found |= {"GFLOP/s": round(flops / 1e9, 1), "GB/s": round(bandwidth / 1e9, 1)}
