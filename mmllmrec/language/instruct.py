@@ -158,7 +158,7 @@ class _Asker:
 
 def rows_of(generator: Generator, some: Sequence[Example]) -> list[Row]:
     """Examples as tokens: the prompt's, and the answer's with the end mark."""
-    prompts = {e.task: load_prompt(e.task) for e in some}
+    prompts = {task: load_prompt(task) for task in {e.task for e in some}}
     end = [] if generator.tokenizer.eos_token_id is None else [generator.tokenizer.eos_token_id]
     found: list[Row] = []
     for n, one in enumerate(some):
