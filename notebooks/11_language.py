@@ -52,6 +52,7 @@ from mmllmrec.language.generate import Generator
 from mmllmrec.language.profiles import Overlap
 from mmllmrec.language.rerank import Reranked
 from mmllmrec.language.retrieve import Retriever, cited, explain
+from mmllmrec.language.senses import heard
 from mmllmrec.seed import dealt
 
 warnings.filterwarnings("ignore")
@@ -148,9 +149,15 @@ report
 # and against it: how often the person's history has each part of the item's profile, in percent of what is usual.
 # Without tuning it knows what is asked and goes by the number of reasons. Tuned, its LoRA has learned from training
 # events what each reason is worth. How often an item is taken is added by Bayes' rule.
+#
+# Sound and scent are nothing that a language model reads. They are told by the cluster of their features, whose number
+# is found: "sound b" is a reason as any word, since what it is worth is counted from who took what.
 
 # %%
-train, texts, n = split.train, written.items, 8 if SMOKE else 30
+train, n = split.train, 8 if SMOKE else 30
+senses = heard(data.catalog, fit_on=split.warm_items)
+texts = [", ".join(filter(None, [line, *more])) for line, more in zip(written.items, senses, strict=True)]
+others = [texts[i] for i in dealt(here, SEED)]
 first = mm.fit(mm.models.LightGCN(train, loss="softmax"), split, seed=SEED, progress=False, lr=1e-2, **FIT)
 lists = top(frozen(first.model), np.arange(train.n_users), train.n_items, seen=train.csr, k=n)
 overlap = Overlap.of(train, texts)
