@@ -89,6 +89,15 @@ def test_examples_ask_what_training_knows(world):
         instruct.examples(train, [""] * ITEMS, none)
 
 
+def test_a_prompt_is_parsed_once_a_task(nano, world, monkeypatch):
+    train, _, _, first = world
+    some = instruct.examples(train, TITLES, first, tasks=("pointwise", "pairwise"), rounds=1, per_user=1, last=1)
+    parsed, load = [], instruct.load_prompt
+    monkeypatch.setattr(instruct, "load_prompt", lambda name: parsed.append(name) or load(name))
+    assert len(instruct.rows_of(nano, some)) == len(some) > 2 * U
+    assert sorted(parsed) == ["pairwise", "pointwise"]
+
+
 def test_a_tuned_model_is_kept_and_loaded_again(nano, world, tmp_path):
     train, _, _, first = world
     some = instruct.examples(train, TITLES, first, tasks=("pointwise",), per_user=1)

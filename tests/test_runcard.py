@@ -55,6 +55,15 @@ def test_what_is_no_card_is_named(tmp_path):
         RunCard.load(tmp_path / "card.json")
 
 
+def test_a_card_says_where_it_was_made_and_one_of_before_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmllmrec.runcard.torch.cuda.is_available", lambda: False)
+    path = RunCard("fit", "BPR").save(tmp_path / "card.json")
+    assert RunCard.load(path).device == "cpu"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if "device" not in k}
+    write_json(path, old)
+    assert (RunCard.load(path).device, RunCard.load(path).peak_device_memory_mb) == ("", 0.0)
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot forget a peak")
 def test_a_peak_is_forgotten_and_counted_anew():
     # pages asked of the system itself: an allocator may hand out a block of its own that is resident already
