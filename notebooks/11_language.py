@@ -160,7 +160,7 @@ texts = [", ".join(filter(None, [line, *more])) for line, more in zip(written.it
 others = [texts[i] for i in dealt(here, SEED)]
 first = mm.fit(mm.models.LightGCN(train, loss="softmax"), split, seed=SEED, progress=False, lr=1e-2, **FIT)
 lists = top(frozen(first.model), np.arange(train.n_users), train.n_items, seen=train.csr, k=n)
-overlap = Overlap.of(train, texts)
+overlap = Overlap.of(train, texts, steps=4)  # finer numbers than it was taught, for one that is tuned to them
 some = instruct.examples(train, texts, lists, tasks=("pointwise",), rounds=ROUNDS, last=0, overlap=overlap)
 print(load_prompt("pointwise").render(**some[0].fields), some[0].answer, "\n")
 print(f"{len(some):,} questions")
@@ -181,8 +181,8 @@ users, items = (x.detach() for x in first.model.embed())
 utility = torch.from_numpy(data.utilities(np.arange(train.n_users)))
 scorers = [
     reranked(writer, "zero-shot"),
-    reranked(tuned, "tuned"),
-    reranked(tuned, "tuned, texts of other items", texts=others),
+    reranked(tuned, "tuned", steps=4),
+    reranked(tuned, "tuned, texts of other items", texts=others, steps=4),
     Ordered("the true order of the 30", users @ items.T, lists, utility),
 ]
 report = mm.evaluate(first, split, against=scorers, on="valid")

@@ -256,6 +256,8 @@ def test_what_speaks_for_an_item_is_its_share_of_a_history_over_the_usual_one():
     history = ["red, cup"] * 40
     # (40 + 20 * 2/3) / (60 * 2/3) = 1.33, half an octave up; (0 + 20 / 3) / (60 / 3) = 1/3, three halves down
     assert overlap.thoughts(history, "red, jug") == "for: red 140%; against: jug 35%"
+    finer = profiles.Overlap.of(train, texts, steps=8)  # 3.3 eighths up, 12.7 down
+    assert finer.thoughts(history, "red, jug") == "for: red 130%; against: jug 32%"
     assert overlap.thoughts(["red, cup"], "red, cup") == "for: nothing; against: nothing"  # one event says little
     assert overlap.thoughts(history, "new, cup") == "for: cup 140%; against: nothing"  # what was never taken: nothing
 

@@ -47,6 +47,7 @@ PROMPTS = (*PROFILING, "preference_reasoning", "pointwise", "listwise")
 AROUND = 200  # tokens of a prompt besides the items in it, thoughts and answer among them
 WEIGHTS = {"prior": (0.0, 0.5, 1.0, 2.0), "blend": (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)}  # chosen on validation
 TUNING: dict[str, Any] = {"rank": 16, "lr": 3e-3, "epochs": 2, "batch_tokens": 4096}
+FINE = 4  # steps an octave of what is counted, where a model is tuned to them
 ASKED: dict[str, Any] = {"rounds": 4, "per_user": 4, "negatives": 2}
 # of what is long to read, or has thoughts to be written: an eighth of the examples, in more time than all of the others
 FEWER = {"rounds": 1, "per_user": 2}
@@ -123,12 +124,12 @@ def language(
     Rows that are fitted: the first stage, the two-stage model with profiles by template, by a language model, with
     retrieved evidence, and with those of other items (the control), and the unified model. Beside them the first ``n``
     of the first stage and of the unified model (of the two-stage one where ``systems`` leaves that out) in the language
-    model's order. It is told what is counted for and against each (``profiles.Overlap``, sound and scent among it as
-    clusters), zero-shot, tuned, with texts of other items (the control) and with retrieved evidence; or, tuned, the
-    history alone; and of the first ``LISTED`` it is told what is counted, or it writes thoughts of its own, or it
-    orders them as a list. How much the model's judgement counts against the scorer's own, and how much how often an
-    item is taken (``WEIGHTS``), is chosen on validation for each of them alone, 0 among the choices; so it is for what
-    knows no language and adds how often an item is taken.
+    model's order. It is told what is counted for and against each (``profiles.Overlap``, in ``FINE`` steps where
+    it is tuned to them, sound and scent among it as clusters), zero-shot, tuned, with texts of other items (the
+    control) and with retrieved evidence; or, tuned, the history alone; and of the first ``LISTED`` it is told what is
+    counted, or it writes thoughts of its own, or it orders them as a list. How much the model's judgement counts
+    against the scorer's own, and how much how often an item is taken (``WEIGHTS``), is chosen on validation for each of
+    them alone, 0 among the choices; so it is for what knows no language and adds how often an item is taken.
 
     ``model`` is a language model (``Generator.load``): on planted worlds ``nano-writer`` unless named. On other data
     the rows that generate are there when one is named, and the template's are there without. What is written, judged,
@@ -182,7 +183,14 @@ class Desk:
         if self.writer is None:
             return {}
         model = {"name": self.writer.name, "hash": self.writer.hash}
-        told = {"n": self.n, "listed": LISTED, "last": LAST, "weights": WEIGHTS, "orders": list(self.orders)}
+        told = {
+            "n": self.n,
+            "listed": LISTED,
+            "last": LAST,
+            "weights": WEIGHTS,
+            "steps": FINE,
+            "orders": list(self.orders),
+        }
         asked = {name: load_prompt(name).hash for name in PROMPTS}
         return {
             "language": {"model": model, **told, "tuning": TUNING, "asked": ASKED, "fewer": FEWER, "prompts": asked}
@@ -277,12 +285,20 @@ class Desk:
         asked = self.telling(split, made, how)
         prompts = [load_prompt(name).hash for name in (asked["mode"], "preference_reasoning")]
         candidates = self.candidates(split, made)
-        decides = (asked, drawn, TUNING, prompts, content_hash(texts), content_hash(candidates.items, candidates.real))
+        decides: tuple[Any, ...] = (
+            asked,
+            drawn,
+            TUNING,
+            prompts,
+            content_hash(texts),
+            content_hash(candidates.items, candidates.real),
+        )
+        decides += (FINE,) if how == "counted" else ()
         place = self.place(split, "tuned", *decides)
         if (place / "adapter_config.json").is_file():
             found = writer.adapted(place)
         else:
-            overlap = Overlap.of(train, texts) if how == "counted" else None
+            overlap = Overlap.of(train, texts, steps=FINE) if how == "counted" else None
             options = {"tasks": (asked["mode"],), "last": asked["last"], "listed": LISTED, "overlap": overlap, **drawn}
             some = instruct.examples(train, texts, candidates, **options)
             if how == "written":
@@ -411,6 +427,7 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
             **desk.telling(split, runs, order.how),
         }
         language = desk.tuned(split, runs, order.tuned) if order.tuned else desk._ready()
+        asked |= {"steps": FINE} if order.tuned == "counted" else {}
         kind = _Silent if order.silent else Reranked
         scorer = runs[desk.ours if order.ours else FIRST].model
         scorers.append(_chosen(kind(scorer, language, split.train, **asked), split))

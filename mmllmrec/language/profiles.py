@@ -29,6 +29,7 @@ LONGEST = 600  # characters of an item's text that go into a prompt
 WORDS = 40  # characters at the end of a cut text among which a word's end is looked for
 LAST = 20  # events of a history that go into a prompt
 EVENTS = 20.0  # usual events that a history is mixed with before its shares are told
+STEPS = 2  # an octave, of what is told as a percentage: what the shipped writer was taught
 ROWS = 512  # whose weights over all phrases are held at once
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 STOP = frozenset(
@@ -88,26 +89,27 @@ class Overlap:
     (``rerank.thoughts``) has to beat.
 
     The share of a history is its posterior mean under a Dirichlet prior that is worth ``EVENTS`` usual events, so that
-    one event of a short history does not count for much. Percentages are rounded to half an octave (71, 100, 140, 200,
-    280 ...): a model has few numbers to learn. What is as frequent as usual, or was never taken, is left out.
+    one event of a short history does not count for much. Percentages are rounded to ``steps`` an octave, two unless
+    given (71, 100, 140, 200, 280 ...): a model has few numbers to learn, and one that is tuned to them can learn more.
+    What is as frequent as usual, or was never taken, is left out.
 
     >>> overlap = Overlap({"teal": 0.1, "vase": 0.5, "lamp": 0.4})
     >>> overlap.thoughts(["teal, vase"] * 9 + ["lamp"], "teal, lamp, vase")
     'for: teal 400%, vase 140%; against: lamp 71%'
     """
 
-    def __init__(self, usual: Mapping[str, float]):
-        self.usual = dict(usual)
+    def __init__(self, usual: Mapping[str, float], *, steps: int = STEPS):
+        self.usual, self.steps = dict(usual), steps
 
     @classmethod
-    def of(cls, train: Interactions, texts: Sequence[str]) -> Overlap:
+    def of(cls, train: Interactions, texts: Sequence[str], *, steps: int = STEPS) -> Overlap:
         """With what is usual in ``train``: the share of its events, of items that have a line, whose line, of ``texts``
         (I,), has a part."""
         counts: Counter[str] = Counter()
         for text, events in zip(texts, train.item_counts.tolist(), strict=True):
             counts.update(dict.fromkeys(_parts(text), events))
         told = int(train.item_counts[np.array([bool(t) for t in texts])].sum())
-        return cls({part: n / told for part, n in counts.items() if n})
+        return cls({part: n / told for part, n in counts.items() if n}, steps=steps)
 
     def thoughts(self, history: Sequence[str], candidate: str) -> str:
         """Of a history's lines and a candidate's."""
@@ -122,8 +124,8 @@ class Overlap:
             for part in _parts(candidate):
                 if usual := self.usual.get(part):
                     lift = (counts[part] + EVENTS * usual) / ((events + EVENTS) * usual)
-                    step = round(2 * math.log2(lift))
-                    leanings[f"{part} {float(f'{100 * 2 ** (step / 2):.2g}'):.0f}%"] = step
+                    step = round(self.steps * math.log2(lift))
+                    leanings[f"{part} {float(f'{100 * 2 ** (step / self.steps):.2g}'):.0f}%"] = step
             return argued(weigh(leanings))
 
         return thoughts

@@ -21,7 +21,7 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.evaluation.ranking import Lists, frozen, name_of, top
 from mmllmrec.features.prompts import Prompt, load_prompt
 from mmllmrec.language.generate import Generator
-from mmllmrec.language.profiles import LAST, Overlap, argued, histories
+from mmllmrec.language.profiles import LAST, STEPS, Overlap, argued, histories
 from mmllmrec.language.retrieve import Retriever
 from mmllmrec.seed import generator as numbers
 
@@ -44,8 +44,9 @@ class Reranked:
     ``mode="listwise"``: the model writes the candidates' letters, the best first, held to a permutation of them, after
     the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. A model without a sense of
     the task orders at random. ``reasoning="written"``: before it judges it writes what speaks for and against
-    (``preference_reasoning``); ``"counted"``: this is counted for it (``profiles.Overlap``), pointwise, over the whole
-    training history, and is all that it is told of the candidate: a text speaks through what the history has of it.
+    (``preference_reasoning``); ``"counted"``: this is counted for it (``profiles.Overlap``, of ``steps``), pointwise,
+    over the whole training history, and is all that it is told of the candidate: a text speaks through what the history
+    has of it.
 
     From any other pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people,
     drawn among those with a history, in the mean over those who have not taken it (0: nothing is taken): what a text
@@ -74,6 +75,7 @@ class Reranked:
     blend: float = 1.0
     passes: int = 1
     last: int = LAST
+    steps: int = STEPS
     users: Sequence[str] | None = None
     retriever: Retriever | None = None
     prompt: Prompt | str | Path | None = None
@@ -226,7 +228,8 @@ class Reranked:
     def _counting(self) -> tuple[Overlap, list[list[str]]]:
         """What counts, and the lines of each user's whole history."""
         whole = histories(self.train, last=self.train.n_items)
-        return Overlap.of(self.train, self.texts), [[self.texts[i] for i in h if self.texts[i]] for h in whole]
+        overlap = Overlap.of(self.train, self.texts, steps=self.steps)
+        return overlap, [[self.texts[i] for i in h if self.texts[i]] for h in whole]
 
     def _leaning(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """log p(yes) - log p(no) of prompts."""
