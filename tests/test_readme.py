@@ -12,6 +12,8 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = re.findall(r"\b(ndcg@\d+|recall@\d+)\b[^|]*?\(card:\s*`(.+?)`\)\.?\n\n((?:\|.*\n)+)", TEXT)
 TIMES = re.findall(r"\(card:\s*`([^`]+?)`\)\.?\n\n((?:\| timed .*\n)(?:\|.*\n)+)", TEXT)
 
+COSTS = {"tokens a user": "{:.0f}", "seconds a user": "{:.2f}", "tuning, s": "{:.0f}"}
+
 
 def rows(table):
     lines = [[c.strip() for c in line.strip("|\n ").split("|")] for line in table.splitlines()]
@@ -31,6 +33,10 @@ def test_every_number_is_in_its_card(metric, card, table):
     for line in lines:
         for column, cell in zip(head[2:], line[2:], strict=True):
             if "peer" in column:
+                continue
+            if column in COSTS:
+                cost = metrics.get(f"{line[0]} | cost | {column}")
+                assert cell == ("-" if cost is None else COSTS[column].format(cost[0])), (line[0], column)
                 continue
             if cell == "-":
                 assert f"{line[0]} | {column} | {metric}" not in metrics
