@@ -30,7 +30,6 @@ SHORT = {"epochs": 1} if SMOKE else {}  # over each model's own settings
 # %%
 import json
 import warnings
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -262,8 +261,7 @@ print(f"largest difference of a score, saved against loaded: {difference:.1e}")
 
 # %%
 for folder in ("notebooks/cards/q1", "notebooks/cards/q1-atelier-b", "notebooks/cards/q1-lastfm"):
-    card = Path(folder) / "table.txt"
-    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
+    print((shipped(folder) / "table.txt").read_text(encoding="utf-8"), end="\n\n")
 
 # %% [markdown]
 # **What it means.** A model of IDs cannot tell new items apart, and both models that look and read can. The line

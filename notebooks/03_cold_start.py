@@ -29,7 +29,6 @@ SHORT = {"epochs": 1} if SMOKE else {}  # over each model's own settings
 # %%
 import time
 import warnings
-from pathlib import Path
 
 import datasets
 import matplotlib.pyplot as plt
@@ -42,6 +41,7 @@ from mmllmrec.data.atelier.draw import draw, encode
 from mmllmrec.data.interactions import IdMap
 from mmllmrec.evaluation.curves import k_shot
 from mmllmrec.evaluation.floors import ContentKNN
+from mmllmrec.shipped import shipped
 
 warnings.filterwarnings("ignore")
 mm.seed_everything(SEED)
@@ -227,8 +227,7 @@ dropped.compare("Unified", row="cold").round(4)
 
 # %%
 for folder in ("notebooks/cards/q2", "notebooks/cards/q2-lastfm", "notebooks/cards/q2-movielens"):
-    card = Path(folder) / "table.txt"
-    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
+    print((shipped(folder) / "table.txt").read_text(encoding="utf-8"), end="\n\n")
 
 # %% [markdown]
 # **What it means.** A new item is not empty-handed: how it looks and reads tells which users will like it before anyone

@@ -27,7 +27,6 @@ SHORT = {"epochs": 1} if SMOKE else {}  # over each model's own settings
 
 # %%
 import warnings
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,6 +41,7 @@ from mmllmrec.data.atelier.sense import RATE
 from mmllmrec.evaluation.curves import missing_content
 from mmllmrec.features.audio import LogMel
 from mmllmrec.features.sensor import Channel, SensorEncoder
+from mmllmrec.shipped import shipped
 
 warnings.filterwarnings("ignore")
 mm.seed_everything(SEED)
@@ -212,8 +212,7 @@ holes
 
 # %%
 for folder in ("notebooks/cards/q3", "notebooks/cards/q3-lastfm"):
-    card = Path(folder) / "table.txt"
-    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
+    print((shipped(folder) / "table.txt").read_text(encoding="utf-8"), end="\n\n")
 
 # %% [markdown]
 # **What it means.** A chime or a scent enters as one more soft token and one more late path, and an encoder of some

@@ -28,7 +28,6 @@ SHORT = {"epochs": 1} if SMOKE else {}  # over each model's own settings
 
 # %%
 import warnings
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,6 +39,7 @@ from mmllmrec.bench.run import Named
 from mmllmrec.data.atelier.recovery import recovery
 from mmllmrec.evaluation.protocols import rankings, seen_matrix
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.shipped import shipped
 
 warnings.filterwarnings("ignore")
 mm.seed_everything(SEED)
@@ -194,8 +194,7 @@ left.T.round(4)
 
 # %%
 for folder in ("notebooks/cards/q4", "notebooks/cards/q4-atelier-b", "notebooks/cards/q4-lastfm"):
-    card = Path(folder) / "table.txt"
-    print(card.read_text(encoding="utf-8") if card.is_file() else f"{folder}: not measured yet", end="\n\n")
+    print((shipped(folder) / "table.txt").read_text(encoding="utf-8"), end="\n\n")
 
 # %% [markdown]
 # **What it means.** Late fusion finds what each modality says and, but for what leaks through its normalisation, is

@@ -7,7 +7,7 @@ import pytest
 import mmllmrec as mm
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap
-from mmllmrec.language.senses import clusters, heard
+from mmllmrec.language.senses import beside, clusters, heard
 
 
 def test_the_number_of_clusters_is_found():
@@ -40,3 +40,8 @@ def test_a_catalogue_without_them_says_nothing():
     ids = IdMap(["a", "b"], what="item id")
     catalog = Catalog(datasets.Dataset.from_dict({"item_id": ids.ids, "title": ["x", "y"]}), ids)
     assert heard(catalog, fit_on=np.ones(2, dtype=bool)) == [[], []]
+
+
+def test_what_is_heard_follows_what_is_written():
+    found = beside(["lamp, brass", "", "vase"], [["sound a", "scent b"], ["scent c"], []])
+    assert found == ["lamp, brass, sound a, scent b", "scent c", "vase"]

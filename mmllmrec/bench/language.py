@@ -35,7 +35,7 @@ from mmllmrec.language.generate import Generator
 from mmllmrec.language.profiles import LAST, Overlap, Profiles
 from mmllmrec.language.rerank import REASONINGS, Reranked, thoughts
 from mmllmrec.language.retrieve import Retriever
-from mmllmrec.language.senses import heard
+from mmllmrec.language.senses import beside, heard
 from mmllmrec.runcard import content_hash
 from mmllmrec.seed import dealt
 
@@ -247,8 +247,7 @@ class Desk:
             return texts
         if split.hash not in self._heard:
             self._heard = {split.hash: heard(split.catalog, fit_on=split.warm_items)}
-        parts = zip(texts, self._heard[split.hash], strict=True)
-        return [", ".join([*([text] if text else []), *words]) for text, words in parts]
+        return beside(texts, self._heard[split.hash])
 
     def last(self, split: Split, made: Mapping[str, Any], *, besides: int = 1) -> int:
         """How many items of a history a prompt can tell with ``besides`` further ones, the longest there are."""
@@ -271,34 +270,28 @@ class Desk:
         ties fall in another order from one run to the next."""
         return made[FIRST].model.cpu()
 
-    def telling(self, split: Split, made: Mapping[str, Any], how: str) -> dict[str, Any]:
+    def telling(self, split: Split, made: Mapping[str, Any], how: str, *, tuned: bool = False) -> dict[str, Any]:
         """Keywords of ``Reranked``: ``counted``, what speaks for and against is counted, and nothing else is told;
-        ``history``, a history and no thoughts; ``written``, a history and thoughts of the model's own; ``listwise``."""
+        ``history``, a history and no thoughts; ``written``, a history and thoughts of the model's own; ``listwise``. A
+        model that is ``tuned`` to what is counted is told it in ``FINE`` steps."""
         mode, reasoning = ("listwise" if how == "listwise" else "pointwise", how if how in REASONINGS else "")
         last = 0 if how == "counted" else self.last(split, made, besides=LISTED if how == "listwise" else 1)
-        return {"mode": mode, "reasoning": reasoning, "last": last}
+        steps = {"steps": FINE} if tuned and how == "counted" else {}
+        return {"mode": mode, "reasoning": reasoning, "last": last, **steps}
 
     def tuned(self, split: Split, made: Mapping[str, Any], how: str) -> Generator:
         """The language model after instruction tuning on a split's training events, told as ``telling`` says."""
         writer, texts, train = self._ready(), self.lines(split, made, how), split.train
         drawn = ASKED | ({} if how == "counted" else FEWER) | ({"rounds": 1} if self.quick else {})
-        asked = self.telling(split, made, how)
+        asked = self.telling(split, made, how, tuned=True)
         prompts = [load_prompt(name).hash for name in (asked["mode"], "preference_reasoning")]
         candidates = self.candidates(split, made)
-        decides: tuple[Any, ...] = (
-            asked,
-            drawn,
-            TUNING,
-            prompts,
-            content_hash(texts),
-            content_hash(candidates.items, candidates.real),
-        )
-        decides += (FINE,) if how == "counted" else ()
+        decides = (asked, drawn, TUNING, prompts, content_hash(texts), content_hash(candidates.items, candidates.real))
         place = self.place(split, "tuned", *decides)
         if (place / "adapter_config.json").is_file():
             found = writer.adapted(place)
         else:
-            overlap = Overlap.of(train, texts, steps=FINE) if how == "counted" else None
+            overlap = Overlap.of(train, texts, steps=asked["steps"]) if how == "counted" else None
             options = {"tasks": (asked["mode"],), "last": asked["last"], "listed": LISTED, "overlap": overlap, **drawn}
             some = instruct.examples(train, texts, candidates, **options)
             if how == "written":
@@ -424,10 +417,9 @@ def _beside(desk: Desk, split: Split, runs: Mapping[str, Any], seed: int) -> lis
             "seed": seed,
             "progress": False,
             "label": name,
-            **desk.telling(split, runs, order.how),
+            **desk.telling(split, runs, order.how, tuned=bool(order.tuned)),
         }
         language = desk.tuned(split, runs, order.tuned) if order.tuned else desk._ready()
-        asked |= {"steps": FINE} if order.tuned == "counted" else {}
         kind = _Silent if order.silent else Reranked
         scorer = runs[desk.ours if order.ours else FIRST].model
         scorers.append(_chosen(kind(scorer, language, split.train, **asked), split))

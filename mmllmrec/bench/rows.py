@@ -206,8 +206,8 @@ def two_stage_features(
         raise DataError(f"features={kind!r}: use 'descriptors:64', or 'towers-0:48' for language layer 0")
     layer, keep = found[1], int(found[2])
     if layer is None:
-        table = FeatureTable.from_catalog(catalog, fit_on=warm)
-        return (table if modalities is None else table.only(modalities)).whiten(warm, keep, shrink=SHRINK)
+        table = FeatureTable.from_catalog(catalog, fit_on=warm, modalities=modalities)
+        return table.whiten(warm, keep, shrink=SHRINK)
     from mmllmrec.models.unified import Unified
 
     chosen = replace(preset, enter=int(layer))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,8 +17,10 @@ WORDS = 512  # hashed word buckets
 BINS = (12, 4, 4)  # hue, saturation, value
 
 
-def describe(catalog: Catalog, *, fit_on: np.ndarray | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A table and its presence for each modality with raw content: {modality: ((I, D) float32, (I,) bool)}.
+def describe(
+    catalog: Catalog, *, fit_on: np.ndarray | None = None, modalities: Sequence[str] | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A table and its presence for each modality with raw content, or some: {modality: ((I, D) float32, (I,) bool)}.
 
     image: an HSV histogram beside a thumbnail of 8 x 8 greys and edge strengths; text: TF-IDF of hashed lower-case
     words, L2-normalised, document frequencies counted on ``fit_on`` (I,) bool (all items without); audio: log energies
@@ -28,7 +31,7 @@ def describe(catalog: Catalog, *, fit_on: np.ndarray | None = None) -> dict[str,
     fit_on = np.ones(len(catalog), dtype=bool) if fit_on is None else fit_on
     found = {}
     for modality, make in makers.items():
-        if modality in catalog.dataset.column_names:
+        if modality in catalog.dataset.column_names and (modalities is None or modality in modalities):
             present = catalog.present(modality)
             table = make(catalog, fit_on & present).astype(np.float32)
             table[~present] = 0.0

@@ -91,27 +91,35 @@ class FeatureTable:
         object.__setattr__(self, "presence", presence)
 
     @classmethod
-    def from_catalog(cls, catalog: Catalog, *, fit_on: np.ndarray | None = None) -> FeatureTable:
-        """The features a catalogue brings, or, where it has raw content, those of ``data.descriptors.describe``.
+    def from_catalog(
+        cls, catalog: Catalog, *, fit_on: np.ndarray | None = None, modalities: Sequence[str] | None = None
+    ) -> FeatureTable:
+        """The features a catalogue brings, or, where it has raw content, those of ``data.descriptors.describe``; of all
+        modalities, or of some in the order named.
 
         ``fit_on`` (I,) bool are the items that a descriptor may fit on (train items); all without. Raises ``DataError``
-        for a catalogue without any modality.
+        for a catalogue without any modality, and for one that is not there.
         """
+        asked = catalog.modalities if modalities is None else tuple(modalities)
+        if missing := [m for m in asked if m not in catalog.modalities]:
+            raise DataError(f"features of {missing} are missing; these are {list(catalog.modalities)}")
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        if any(m in catalog.dataset.column_names for m in catalog.modalities):
+        if any(m in catalog.dataset.column_names for m in asked):
             from mmllmrec.data.descriptors import describe
 
-            found = dict(describe(catalog, fit_on=fit_on))
-        for m in catalog.modalities:
+            found = dict(describe(catalog, fit_on=fit_on, modalities=asked))
+        for m in asked:
             if m not in catalog.dataset.column_names:
                 found[m] = (catalog.signal(m), catalog.present(m))
         if not found:
             raise DataError(f"{catalog.name}: it has no modality, so there are no features to read")
-        order = [m for m in catalog.modalities if m in found]
+        order = [m for m in asked if m in found]
         presence = np.stack([found[m][1] for m in order], axis=1)
-        return cls(
-            {m: found[m][0] for m in order}, presence, reader=lambda other: cls.from_catalog(other, fit_on=fit_on)
-        )
+
+        def again(other: Catalog) -> FeatureTable:
+            return cls.from_catalog(other, fit_on=fit_on, modalities=modalities)
+
+        return cls({m: found[m][0] for m in order}, presence, reader=again)
 
     @classmethod
     def extracted(

@@ -5,7 +5,7 @@ Legend: I items, F columns, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 
 import numpy as np
@@ -30,7 +30,7 @@ def heard(
     found: list[list[str]] = [[] for _ in range(len(catalog))]
     if not some:
         return found
-    table = FeatureTable.from_catalog(catalog, fit_on=fit_on).only(some).standardise(fit_on)
+    table = FeatureTable.from_catalog(catalog, fit_on=fit_on, modalities=some).standardise(fit_on)
     for column, modality in enumerate(table.modalities):
         here = table.presence[:, column]
         known = here & np.asarray(fit_on, dtype=bool)
@@ -40,6 +40,11 @@ def heard(
         for item, code in zip(np.flatnonzero(here), clusters(rows[known], rows[here], most=most), strict=True):
             found[item].append(f"{senses[modality]} {ascii_lowercase[code]}")
     return found
+
+
+def beside(lines: Sequence[str], words: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of items (I,), empty for none, with what is ``heard`` of them after each."""
+    return [", ".join(filter(None, [line, *more])) for line, more in zip(lines, words, strict=True)]
 
 
 def clusters(rows: np.ndarray, others: np.ndarray, *, most: int = MOST) -> np.ndarray:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -210,6 +211,10 @@ class ClosedForm(Recommender):
     def embed(self) -> Any:
         """Absent (``hasattr`` says so): these scores are not an inner product of embeddings."""
         raise AttributeError(f"{self.name} has no embeddings; use score(users)")
+
+    def taken(self, users: np.ndarray | Tensor) -> sp.csr_matrix:
+        """What users (B,), of any device, are known to have taken: (B, I)."""
+        return self.history[torch.as_tensor(users).cpu().numpy()]
 
     def with_history(self, history: Interactions) -> ClosedForm:
         """The same fitted model seeing other events of its users (k-shot protocols); nothing is computed again."""

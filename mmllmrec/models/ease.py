@@ -46,7 +46,7 @@ class EASE(ClosedForm):
 
     def score(self, users: np.ndarray | Tensor) -> Tensor:
         """Scores of all items, (B,) -> (B, I) float32."""
-        return torch.from_numpy(self.history[torch.as_tensor(users).cpu().numpy()] @ self.weight)
+        return torch.from_numpy(self.taken(users) @ self.weight)
 
     def with_history(self, history: Interactions) -> ClosedForm:
         _ = self.weight  # once, here, so that every copy shares it

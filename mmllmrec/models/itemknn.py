@@ -48,7 +48,7 @@ class ItemKNN(ClosedForm):
 
     def score(self, users: np.ndarray | Tensor) -> Tensor:
         """Scores of all items, (B,) -> (B, I) float32."""
-        return torch.from_numpy((self.history[torch.as_tensor(users).cpu().numpy()] @ self._transposed).toarray())
+        return torch.from_numpy((self.taken(users) @ self._transposed).toarray())
 
     def with_history(self, history: Interactions) -> ClosedForm:
         _ = self._transposed  # once, here, so that every copy shares it

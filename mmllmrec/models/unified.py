@@ -384,7 +384,7 @@ class Unified(Hybrid):
         table = replace(own, reader=again)
         others = [m for m in self.modalities if m not in ("image", "text")]
         if others:
-            table = table.beside(FeatureTable.from_catalog(self.catalog, fit_on=warm).only(others))
+            table = table.beside(FeatureTable.from_catalog(self.catalog, fit_on=warm, modalities=others))
         return table.whiten(warm, keep, shrink=SHRINK)
 
     def twin(self, *, keep: int = KEEP, **options: Any) -> TwoStage:
