@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmllmrec as mm
 from mmllmrec.data.interactions import DataError
@@ -47,6 +48,21 @@ def test_the_published_setting_goes_first_and_a_better_one_is_found(split, tmp_p
     again = mm.fit(build(split, **tuned.options), split, **tuned.settings, progress=False)
     assert again.best_score == tuned.score  # the best trial can be made again from what is returned
     assert not list(tmp_path.glob("trial-*"))  # a finished trial leaves no weights
+
+
+def test_the_best_trial_can_be_kept_and_is_the_fit_of_its_settings(split, tmp_path, monkeypatch):
+    tuned = quick(split, folder=tmp_path, keep_best=True)
+    assert [p.name for p in tmp_path.glob("trial-*")] == [tuned.kept.name]
+    mm.seed_everything(0)
+    model = build(split)
+    epochs = []
+    read = mm.fit(model, split, **tuned.settings, folder=tuned.kept, on_epoch=epochs.append, progress=False)
+    assert not epochs and read.best_score == tuned.score  # read, not trained
+    mm.seed_everything(0)
+    again = mm.fit(build(split), split, **tuned.settings, progress=False)
+    assert torch.equal(again.model.users.weight, model.users.weight)
+    cut = quick(split, settings={**FIT, "epochs": 500}, minutes=0.005, folder=tmp_path / "cut", keep_best=True)
+    assert cut.table["ended"].iloc[0] == "out of time" and cut.kept is None  # it did not run its course
 
 
 def test_one_seed_one_search(split):

@@ -77,7 +77,7 @@ def ask(
 
     The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
     those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
-    one split is fitted once. What was done is read: trials, fits and seeds' reports. ``quick`` bounds the epochs.
+    one split is fitted once, and the best trial of a search is the fit of seed 0 on its split. What was done is read: trials, fits and seeds' reports. ``quick`` bounds the epochs.
     New items get as much room as leaves known ones the validation ndcg@20 of ``REFERENCE`` on that split, or
     1 - ``COLD_COST`` of the row's own where that is lower: one rule for all rows that rank new items (``fit``).
     Raises ``DataError`` for fewer than one seed, and for a folder that holds the results of other settings or data.
@@ -258,12 +258,17 @@ def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Prog
                 trials=budget.trials + max(len(values) - 1, 0),
                 minutes=budget.minutes,
                 folder=place / row.search,
+                keep_best=True,
                 progress=bar.shown,
             )
         except OtherSearchError as error:
             why = "the room of new items follows the reference's score, and so its budget: " if room else ""
             raise DataError(f"{error}; {why}give another folder of searches (--tuned)") from error
         fits.tuned[row.search] = found
+        there = fits.place(row, split, 0)
+        if found.kept is not None and not there.exists():
+            there.parent.mkdir(parents=True, exist_ok=True)
+            found.kept.replace(there)  # the fit of seed 0, which would be the best trial's once more
         room = room or fits.room(split, 0)
         bar.end(f"{found.score:.4f} on validation in {found.card.settings['trials run']} trials")
 

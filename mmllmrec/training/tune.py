@@ -47,12 +47,14 @@ class OtherSearchError(DataError):
 @dataclass
 class Tuned:
     """What ``tune`` found. ``best``: the best trial's values by name, as in ``space``; ``score``: its validation value;
-    ``table``: a row a trial (values, score, seconds, epochs, state); ``card``: all of it, for the record."""
+    ``table``: a row a trial (values, score, seconds, epochs, state); ``card``: all of it, for the record; ``kept``: the
+    folder of the best trial's fit, where it was kept and ran its course."""
 
     best: dict[str, Any]
     score: float
     table: pd.DataFrame
     card: RunCard
+    kept: Path | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def tune(
     resume: bool = True,
     monitor: str = "ndcg@20",
     prune: bool = True,
+    keep_best: bool = False,
     progress: bool = True,
 ) -> Tuned:
     """Search settings of a model on ``split.valid`` with Optuna; the test part stays sealed.
@@ -101,7 +104,8 @@ def tune(
     The budget is ``trials`` and, where given, ``minutes`` of training: give every row of a table the same. A trial in
     which the minutes run out ends after its epoch and counts with what it reached. With ``folder`` each step is written
     down (JSON lines); a search that was cut off goes on, the trial that was running from its last epoch, and ends as it
-    would have; one that was complete is read again.
+    would have; one that was complete is read again. With ``keep_best`` the best trial's fit stays there (``kept``):
+    ``fit`` with its settings, seed and that folder reads it, where it would train the same model once more.
 
     Raises ``DataError`` for an empty space, a name that neither ``build`` nor ``fit`` knows, a start outside its range,
     a ``folder`` of another search, a search in several processes, and when no trial could be trained.
@@ -213,13 +217,20 @@ def tune(
         for name, attribute in {**about, "ended": ended, "score": value}.items():
             trial.set_user_attr(name, attribute)
         study.tell(trial, None if state != TrialState.COMPLETE else value, state=state)
-        if within is not None:
-            shutil.rmtree(within, ignore_errors=True)  # a finished trial's weights are of no more use
+        leader = _leader(study)
+        for old in place.glob("trial-*") if place is not None else ():
+            if not (keep_best and leader is not None and old.name == f"trial-{leader.number}"):
+                shutil.rmtree(old, ignore_errors=True)  # a finished trial's weights are of no more use
         bar.update()
-        scores = [t.user_attrs.get("score") for t in study.get_trials(deepcopy=False)]
-        bar.set_postfix({monitor: f"{max((s for s in scores if s is not None), default=math.nan):.4f}"})
+        bar.set_postfix({monitor: f"{leader.user_attrs['score'] if leader else math.nan:.4f}"})
     bar.close()
     return _told(study, asked, ranges, split, seed=seed, began=began, place=place)
+
+
+def _leader(study: Any) -> Any:
+    """The finished trial of the best score, the first of equals; None where none has a score."""
+    scored = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("score") is not None]
+    return max(scored, key=lambda t: t.user_attrs["score"], default=None)
 
 
 def _told(
@@ -239,12 +250,12 @@ def _told(
             about = {k: t.user_attrs.get(k) for k in ("score", "best epoch", "epochs", "seconds", "ended")}
             params = {k: t.params.get(k) for k in ranges}
             rows.append({"trial": t.number, **params, **about, "state": t.state.name.lower()})
-    scored = [r for r in rows if r["score"] is not None]
-    if not scored:
+    leader = _leader(study)
+    if leader is None:
         raise DataError(
             f"none of {len(rows)} trials could be trained: {rows[0]['ended'] if rows else 'no time was left'}"
         )
-    best = max(scored, key=lambda r: r["score"])  # the first of equals
+    best = next(r for r in rows if r["trial"] == leader.number)
     seconds = sum(r["seconds"] for r in rows)
     card = RunCard(
         kind="tune",
@@ -260,7 +271,9 @@ def _told(
     )
     if place is not None:
         card.save(place / "card.json")
-    return Tuned({k: best[k] for k in ranges}, best["score"], pd.DataFrame(rows), card)
+    kept = None if place is None or best["ended"] else place / f"trial-{best['trial']}"
+    kept = kept if kept is not None and kept.is_dir() else None
+    return Tuned({k: best[k] for k in ranges}, best["score"], pd.DataFrame(rows), card, kept)
 
 
 def _storage(place: Path | None, resume: bool) -> Any:
