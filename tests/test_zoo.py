@@ -531,7 +531,7 @@ def test_the_critic_of_mmssl_is_told_as_published(train, features):
     model = mm.models.MMSSL(train, features=features, dim=8).double()
     rng, size = torch.Generator().manual_seed(0), (6, train.n_items)
     fake, real = (torch.rand(n * size[0], size[1], generator=rng, dtype=torch.float64) for n in (2, 1))
-    own = [p for p in model.critic.parameters()]
+    own = list(model.critic.parameters())
     torch.manual_seed(1)
     found = model._critic(fake, real)
     torch.manual_seed(1)

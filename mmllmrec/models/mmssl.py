@@ -6,7 +6,7 @@ Legend: B distinct users of a batch, U users, I items, M modalities, D width, F_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -187,7 +187,7 @@ class MMSSL(WrittenGraphs):
         between is between what it makes of both, and with g the slope behind it, |W^T g|^2 = g^T (W W^T) g. So neither
         rows between nor slopes are made in I columns, which is two thirds of the critic's multiplications.
         """
-        first, rest = self.critic[0], self.critic[1:]
+        first, rest = cast(nn.Linear, self.critic[0]), self.critic[1:]
         made, true = first(fake), first(real)
         share = torch.rand(len(fake), 1, device=fake.device)
         between = share * true.repeat(len(made) // len(true), 1) + (1 - share) * made
