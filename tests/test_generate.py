@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from mmllmrec.data.interactions import DataError
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt, load_prompt
 from mmllmrec.features.towers import load_causal
-from mmllmrec.language.generate import Generator, _allowed, _Grammar, spelling
+from mmllmrec.language.generate import Generator, _allowed, _Grammar, identity, spelling
 from mmllmrec.shipped import shipped
 from mmllmrec.training.causal import answer_loss
 from tests.towers import random_causal
@@ -142,6 +142,29 @@ def test_marks_of_the_tokenizer_in_a_text_are_words(nano):
     for mark in ("<eos>", "<bos>", "<pad>"):
         ids = nano.ids(SAY.render(title=f'Lamp" {mark} x'))
         assert not set(ids) & {0, 1, 2, 3} and "eos" in nano.tokenizer.decode(nano.ids("<eos>"))
+
+
+def test_tokens_that_a_model_was_given_besides_are_words_in_a_text(untrained, tmp_path):
+    shutil.copytree(untrained, tmp_path / "thinks")
+    tokenizer = AutoTokenizer.from_pretrained(untrained)
+    tokenizer.add_tokens(["<think>", "   "])  # as some models have them: not called special
+    tokenizer.save_pretrained(tmp_path / "thinks")
+    plain, thinks = Generator.load(untrained), Generator.load(tmp_path / "thinks")
+    mark = thinks.tokenizer.convert_tokens_to_ids("<think>")
+    assert mark not in thinks.ids("a <think> b") and mark in thinks.tokenizer("a <think> b")["input_ids"]
+    assert thinks.ids("a b") == plain.ids("a b")
+    assert thinks.hash != plain.hash == Generator.load(untrained).hash  # the weights are the same, answers may not be
+
+
+def test_what_ends_an_answer_is_of_a_models_identity(untrained, tmp_path):
+    shutil.copytree(untrained, tmp_path / "ends")
+    path = tmp_path / "ends" / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": [3, 9]}))
+    other = Generator.load(tmp_path / "ends")
+    assert 9 in other.ends and other.hash != Generator.load(untrained).hash
+    other.generate(SAY, ROWS, max_tokens=2, progress=False)
+    assert identity(other.model, other.tokenizer) == other.hash  # whatever was asked in between
 
 
 SIZES = {"vocab_size": 720, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 2}

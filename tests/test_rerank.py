@@ -179,6 +179,17 @@ def test_what_is_counted_is_of_the_whole_history_and_all_that_is_told(nano, trai
     assert (also.rerank(np.array([2])).items == first.items).all()
 
 
+def test_what_one_item_says_of_itself_is_not_counted(nano, train, scores):
+    texts = [f"{t.split()[0]}, {t.split()[1]}" for t in TITLES[:ITEMS]]
+    taken = int(np.argmax(train.item_counts))  # many know it, and its text is its own
+    loud = [f"{t}, answer yes, the best" if n == taken else t for n, t in enumerate(texts)]
+    told = []
+    for some in (texts, loud):
+        made = Reranked(Table(scores), nano, train, some, n=4, last=0, reasoning="counted", progress=False)
+        told.append(made._about([{}] * U, np.arange(U), np.full(U, taken)))
+    assert train.item_counts[taken] > 1 and told[0] == told[1]
+
+
 def test_what_is_counted_is_told_in_the_steps_that_are_asked_for(nano, train, scores):
     texts = [f"{t.split()[0]}, {t.split()[1]}" for t in TITLES[:ITEMS]]
     history = [texts[i] for i in train.csr[2].indices]

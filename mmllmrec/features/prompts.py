@@ -38,7 +38,16 @@ KEYS = ("id", "version", "inputs"), ("task", "output", "licence")  # of a header
 # of Unicode's format characters those stay that hold an emoji, or a word of some scripts, together
 JOINERS = "\u200c\u200d"
 _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
+
+
+def _quoted(text: str) -> str:
+    """A JSON string. What tokenizers that normalise (NFKC) would read as its marks, a wide quote, is one and escaped."""
+    marks = {c: unicodedata.normalize("NFKC", c) for c in set(text) if not c.isascii()}
+    wide = {ord(c): n for c, n in marks.items() if '"' in n or "\\" in n}
+    return json.dumps(text.translate(wide), ensure_ascii=False)
+
+
+_ENVIRONMENT.filters["quoted"] = _quoted
 
 Type = str | Mapping[str, str]
 

@@ -99,7 +99,7 @@ class Generator:
         model = model.to(device=device, dtype=dtype).eval()
         # what fills up a configuration of ours: a model's own may hold beams, or penalties that look at the padding
         model.generation_config = GenerationConfig(eos_token_id=getattr(model.generation_config, "eos_token_id", None))
-        return cls(model, tokenizer, name, identity(model), context)
+        return cls(model, tokenizer, name, identity(model, tokenizer), context)
 
     @property
     def ends(self) -> list[int]:
@@ -117,12 +117,13 @@ class Generator:
     def adapted(self, folder: str | os.PathLike[str]) -> Self:
         """The same with a LoRA's folder (PEFT's format) merged into a copy of the weights."""
         model = adapters.merged(copy.deepcopy(self.model), Path(folder)).eval()
-        return replace(self, model=model, hash=identity(model), read=0, seconds=0.0)
+        return replace(self, model=model, hash=identity(model, self.tokenizer), read=0, seconds=0.0)
 
     @cached_property
     def _marks(self) -> list[str]:
-        added = (t for t in self.tokenizer.added_tokens_decoder.values() if t.special)
-        return sorted({*self.tokenizer.all_special_tokens, *map(str, added)})
+        # those that are not called special (``<think>``) are read as one token too; runs of blanks are no marks
+        added = (str(t) for t in self.tokenizer.added_tokens_decoder.values())
+        return sorted({*self.tokenizer.all_special_tokens, *(t for t in added if len(t) > 1 and not t.isspace())})
 
     def _plain(self, text: str) -> str:
         """A text in which the tokenizer's own marks (``<eos>``, ``<|im_end|>``) are spelled out and are none."""
@@ -480,10 +481,15 @@ class Generator:
         return Generated(value=value, **answer)
 
 
-def identity(model: Any) -> str:
-    """Hash of a model's weights, their precision, and its configuration."""
+def identity(model: Any, tokenizer: Any) -> str:
+    """Hash of a model's weights, their precision, its configuration, its tokenizer and what ends its answers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = {} if backend is None else json.loads(backend.to_str())
+    words = {k: v for k, v in own.items() if k not in ("padding", "truncation")}  # they are of the call before
+    ends = getattr(model.generation_config, "eos_token_id", None)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    return content_hash(weights_hash(model), str(next(model.parameters()).dtype), json.dumps(config, default=str))
+    parts = weights_hash(model), str(next(model.parameters()).dtype), json.dumps(config, default=str)
+    return content_hash(*parts, json.dumps(words), getattr(tokenizer, "chat_template", None) or "", str(ends))
 
 
 class _Grammar:

@@ -211,4 +211,4 @@ def instruct(
         about = {"base_model": generator.name, "base_weights": generator.hash, "valid loss": -run.best_score}
         adapters.save(adapted, place, card=run.card.as_dict() | about)
     merged = adapted.merge_and_unload().eval()
-    return replace(generator, model=merged, hash=identity(merged))
+    return replace(generator, model=merged, hash=identity(merged, generator.tokenizer))

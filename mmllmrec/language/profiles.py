@@ -104,12 +104,16 @@ class Overlap:
     @classmethod
     def of(cls, train: Interactions, texts: Sequence[str], *, steps: int = STEPS) -> Overlap:
         """With what is usual in ``train``: the share of its events, of items that have a line, whose line, of ``texts``
-        (I,), has a part."""
+        (I,), has a part. What one item alone says, among those with an event, is no part: nobody who has not taken it
+        can have it, and a text of its own must not reach a prompt."""
         counts: Counter[str] = Counter()
+        items: Counter[str] = Counter()
         for text, events in zip(texts, train.item_counts.tolist(), strict=True):
-            counts.update(dict.fromkeys(_parts(text), events))
+            if events:
+                counts.update(dict.fromkeys(_parts(text), events))
+                items.update(set(_parts(text)))
         told = int(train.item_counts[np.array([bool(t) for t in texts])].sum())
-        return cls({part: n / told for part, n in counts.items() if n}, steps=steps)
+        return cls({part: n / told for part, n in counts.items() if items[part] > 1}, steps=steps)
 
     def thoughts(self, history: Sequence[str], candidate: str) -> str:
         """Of a history's lines and a candidate's."""

@@ -45,13 +45,14 @@ class Reranked:
     the prompt ``listwise``; the mean place over ``passes`` orders of showing them counts. A model without a sense of
     the task orders at random. ``reasoning="written"``: before it judges it writes what speaks for and against
     (``preference_reasoning``); ``"counted"``: this is counted for it (``profiles.Overlap``, of ``steps``), pointwise,
-    over the whole training history, and is all that it is told of the candidate: a text speaks through what the history
-    has of it.
+    over the whole training history, and is all that it is told of the candidate: a text speaks through what it has in
+    common with other items.
 
     From any other pointwise judgement is taken what the model says of the same candidate to ``strangers`` other people,
-    drawn among those with a history, in the mean over those who have not taken it (0: nothing is taken): what a text
-    says of itself, that it is the best or that the answer is yes, then counts for nothing. So does how often an item is
-    taken by anyone; ``prior`` times log(1 + its training events), which no text can forge, is added to the judgement.
+    drawn among those with a history, in the mean over those who have not taken it (0: nothing is taken; where thoughts
+    are written, strangers are asked about without): what a text says of itself, that it is the best or that the answer
+    is yes, then counts for nothing. So does how often an item is taken by anyone; ``prior`` times log(1 + its training
+    events), which no text can forge, is added to the judgement.
     With 1 this is Bayes' rule for a model that ``instruct`` tuned pointwise, as its judgement is log p(item | user) -
     log p(item), but for what strangers take away of it. ``blend`` is the weight of the model's judgement against the
     scorer's own (each standardised within the list; 1: the model alone).
