@@ -77,7 +77,9 @@ def run(name, modalities=("image", "text"), ids=True, table=features, method="su
     return Named(name, mm.fit(model, split, seed=SEED, progress=False, weight_decay=0.3, **FIT))
 
 
-id_only = Named("IDs only", mm.fit(mm.models.BPR(split.train, loss="softmax"), split, seed=SEED, progress=False, **FIT))
+mm.seed_everything(SEED)
+plain = mm.models.BPR(split.train, loss="softmax")  # matrix factorisation
+id_only = Named("IDs only", mm.fit(plain, split, seed=SEED, progress=False, weight_decay=0.3, **FIT))
 both = run("IDs + image + text")
 rows = [id_only, run("IDs + image", ("image",)), run("IDs + text", ("text",)), run("image + text, no IDs", ids=False)]
 report = mm.evaluate(both, split, against=rows, on="valid", controls=["shuffled image", "shuffled text"])

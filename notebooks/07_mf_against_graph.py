@@ -116,9 +116,9 @@ plt.tight_layout()
 # little. VBPR pays with known items for what it gains on new ones. On new items the graph of users and items is worth
 # nothing: they have no edge. A graph of *alike items* lends them their neighbours' IDs, which orders them among
 # themselves (`cold only`) but leaves them below every known item (`cold`), and VBPR, whose users have a taste for
-# content itself, orders them better. MMGCN, which sends content itself over the graph, is last of the six on known
-# items; among new ones it is ahead of `BPR` and `LightGCN`. There `ContentKNN`, which trains nothing, is level with
-# `FREEDOM` (0.109 and 0.104).
+# content itself, orders them better. MMGCN, which sends content itself over the graph, is below `BPR` on known
+# items, as VBPR is; among new ones it is ahead of `BPR` and `LightGCN`. There `ContentKNN`, which trains nothing, is
+# level with `FREEDOM` (0.107 and 0.104).
 
 # %%
 if not SMOKE:

@@ -41,7 +41,7 @@ _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_block
 
 
 def _quoted(text: str) -> str:
-    """A JSON string. What tokenizers that normalise (NFKC) would read as its marks, a wide quote, is one and escaped."""
+    """A JSON string. What tokenizers that normalise (NFKC) would read as its marks, a wide quote, is escaped."""
     marks = {c: unicodedata.normalize("NFKC", c) for c in set(text) if not c.isascii()}
     wide = {ord(c): n for c, n in marks.items() if '"' in n or "\\" in n}
     return json.dumps(text.translate(wide), ensure_ascii=False)
