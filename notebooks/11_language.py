@@ -290,10 +290,10 @@ pd.DataFrame(
 
 # %% [markdown]
 # **What it means.** Counted reasons and a model that is tuned to what they are worth: this pays, on known items, and
-# nothing is left of it when the texts are other items'. Written profiles pay on new items, where those by template cost.
-# Evidence, thoughts of the model's own and a history without counted reasons cost the most tokens and do not pay here;
-# nor do lists (these rows were tuned on an eighth of the examples). After `Unified`, which reads content itself, the
-# tuned judge is a trade: more on new items, less on known ones.
+# nothing is left of it when the texts are other items'. Written profiles pay on new items, where those by template
+# cost. Evidence, thoughts of the model's own and a history without counted reasons cost the most tokens and do not pay
+# here; nor do lists (these rows were tuned on an eighth of the examples). After `Unified`, which reads content itself,
+# the tuned judge is a trade: more on new items, less on known ones.
 
 # %%
 tuned, zero = (mean[f"{first_stage} + {how}", "warm", "ndcg@20"][0] for how in ("tuned", "zero-shot"))

@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.data.sampling import epoch
 from mmllmrec.evaluation.ranking import rank, top
 from mmllmrec.features.prompts import load_prompt
+from mmllmrec.features.table import FeatureTable
 from mmllmrec.language.generate import Generated, Generator
-from mmllmrec.language.profiles import Overlap
+from mmllmrec.language.profiles import Overlap, Profiles
 from mmllmrec.language.rerank import NO, YES, Reranked
+from mmllmrec.models import LLMRec
 from tests.planted import Table
 
 U, ITEMS = 7, 23
@@ -201,6 +204,23 @@ def test_what_is_counted_is_told_in_the_steps_that_are_asked_for(nano, train, sc
         overlap = Overlap.of(train, texts, steps=steps)
         assert told[steps] == [overlap.thoughts(history, text) for text in texts]
     assert told[2] != told[4]
+
+
+def test_what_a_language_model_says_goes_into_llmrec(nano, train, scores):
+    made = Reranked(Table(scores), nano, train, TITLES[:ITEMS], n=5, progress=False)
+    pairs, lists = made.pairs(), made.rerank(np.arange(U))
+    assert pairs[:6].tolist() == lists.items[:6][:, [0, -1]].tolist() and pairs[6].tolist() == [-1, -1]
+    told = Profiles("nano", TITLES[:ITEMS], ["likes oak", "", *["likes tin"] * (U - 2)])
+    rows = told.of_users(lambda texts: np.array([[len(t), t.count("o"), 1.0] for t in texts]))
+    assert rows.shape == (U, 3) and rows[1].tolist() == [0, 0, 0] and rows[0].tolist() == [9, 1, 1]
+    torch.manual_seed(0)
+    rows_of_items = np.random.default_rng(0).normal(size=(ITEMS, 4)).astype(np.float32)
+    features = FeatureTable({"text": rows_of_items}, np.ones((ITEMS, 1), dtype=bool))
+    model = LLMRec(train, features=features, profiles=rows, pairs=pairs, dim=4, pair_share=1.0)
+    batch = next(iter(epoch(train, batch_size=16, negatives=1, rng=np.random.default_rng(0))))
+    assert len(model._with_pairs(batch)) == 2 * len(batch)
+    with pytest.raises(DataError, match="no user has a profile"):
+        Profiles("nano", TITLES[:ITEMS], [""] * U).of_users(np.array)
 
 
 def test_an_evaluation_takes_it_as_a_scorer(nano, train, scores):

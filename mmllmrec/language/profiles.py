@@ -221,6 +221,17 @@ class Profiles:
         table[here] = rows
         return catalog.with_features(name, table, absent=~here)
 
+    def of_users(self, encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+        """The users' profiles encoded, texts -> (N, P), as ``models.LLMRec`` takes them: (U, P) float32, zero where
+        nothing was written."""
+        here = np.array([bool(t) for t in self.users])
+        if not here.any():
+            raise DataError("no user has a profile: there is nothing to encode")
+        rows = np.asarray(encode([t for t in self.users if t]), dtype=np.float32)
+        table = np.zeros((len(self.users), rows.shape[1]), dtype=np.float32)
+        table[here] = rows
+        return table
+
 
 def template(train: Interactions, catalog: Catalog, *, seen: Sequence[str] | None = None, phrases: int = 6) -> Profiles:
     """Profiles of keyphrases: an item's own and those of what its takers took besides; a user's of their history.

@@ -145,6 +145,15 @@ class Reranked:
         order = np.argsort(-values, axis=1, kind="stable")
         return Lists(users, np.take_along_axis(items, order, axis=1), np.take_along_axis(real, order, axis=1))
 
+    def pairs(self) -> np.ndarray:
+        """The first and the last of each user's candidates in the new order, as ``models.LLMRec`` takes what a language
+        model likes and dislikes for them: (U, 2), -1 for a user of fewer than two candidates or without an event."""
+        lists, found = self.rerank(np.arange(self.train.n_users)), np.full((self.train.n_users, 2), -1)
+        count = lists.real.sum(axis=1)
+        some = np.flatnonzero((count > 1) & (self.train.user_counts > 0))
+        found[some] = np.stack([lists.items[some, 0], lists.items[some, count[some] - 1]], axis=1)
+        return found
+
     def blended(self, blend: float, prior: float | None = None) -> Reranked:
         """The same with another ``blend``, and ``prior``; what was judged is not judged again."""
         return replace(self, blend=blend, prior=self.prior if prior is None else prior, scorer=self._frozen)
