@@ -27,9 +27,10 @@ from mmllmrec.models.multimodal import MultimodalModel, PrunedGraph
 class COHESION(MultimodalModel, PrunedGraph):
     """Dual-stage fusion over a composite graph.
 
-    Xu et al. 2025 (arXiv 2504.04452). Early: h_m = sqrt((e^2 + f_m^2) / 2), elementwise, f_m a two-layer map of
+    Xu et al. 2025 (arXiv 2504.04452). Early: h_m = sqrt((e^2 + f_m^2) / 2 + 1e-8), elementwise, f_m a two-layer map of
     modality m's features, or of the ID e itself for the ID's channel. Each channel runs over the user-item graph with a
-    user table of its own, layers weighed by their cosine with the start and summed with it; channels are concatenated,
+    user table of its own, from unit length, layers weighed by their cosine with the start and summed with it; channels
+    are concatenated,
     and users over their ``companions``, items over the frozen graph of alike items are added. BPR of s = sum over
     channels of a_m p_m . q_m, a = 1 - softmax over m of how much m sets the positive above the negative, without
     gradient: a channel that cannot tell yet weighs more. All weigh alike when scoring, and in the softmax, where there

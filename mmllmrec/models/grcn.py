@@ -26,16 +26,16 @@ from mmllmrec.models.multimodal import MultimodalModel
 class GRCN(MultimodalModel):
     """Prototypes routed from what users took; edges are their affinity; IDs run over the refined graph.
 
-    Wei et al. 2020 (arXiv 2111.02036). f_m = unit(act(W_m x_m + b_m)); prototypes p of users start at a table of
-    preferences and, ``routing`` times, p <- unit(p + sum over the user's items of a_ui f_i) with a the softmax over
-    these of p . f. With x = [p; f], a_m(s -> d) the softmax over d's neighbours of x_s . x_d, content c_m = x + sum of
-    a_m x. Edges weigh max over m of a_m(s -> d) r_sm, r a confidence of each node in each modality, negative weights
-    cut (``prune_edges``); IDs at unit length plus two propagations over them. Vectors are [IDs; c_1; ...; c_M]. BPR,
-    and ``reg`` times the mean squares of the batch's IDs and preferences. An item's absent modality is zero, its edges
-    have affinity exp(0). Departures: routing works; in the published code its rounds change nothing (``routing=0``).
-    Confidences start at 1, where normal noise of spread 0.01 there leaves the refined graph almost empty; edges are cut
-    where all confidences of a node fall below 0, which from there they have not been seen to do (validation ndcg@20 on
-    a seventh of Atelier: 0.298; from normal noise of spread 1, with 6% of nodes cut off, 0.285).
+    Wei et al. 2020 (arXiv 2111.02036). f_m = unit(act(W_m x_m + b_m)); prototypes p of users start at the unit rows of
+    a table of preferences and, ``routing`` times, p <- unit(p + sum over the user's items of a_ui f_i) with a the
+    softmax over these of p . f. With x = [p; f], a_m(s -> d) the softmax over d's neighbours of x_s . x_d, content c_m
+    = x + sum of a_m x. Edges weigh max over m of a_m(s -> d) r_sm, r a confidence of each node in each modality,
+    negative weights cut (``prune_edges``); IDs at unit length plus two propagations over them. Vectors are [IDs; c_1;
+    ...; c_M]. BPR, and ``reg`` times the mean squares of the batch's IDs and preferences. An item's absent modality is
+    zero, its edges have affinity exp(0). Departures: routing works; in the published code its rounds change nothing
+    (``routing=0``). Confidences start at 1, where normal noise of spread 0.01 there leaves the refined graph almost
+    empty; edges are cut where all confidences of a node fall below 0, which from there they have not been seen to do
+    (validation ndcg@20 on a seventh of Atelier: 0.298; from normal noise of spread 1, with 6% of nodes cut off, 0.285).
     """
 
     def __init__(

@@ -26,10 +26,11 @@ class SelfCF(EncodedModel):
 
     Zhou et al. 2023 (arXiv 2107.03019). H = LightGCN's encoder of the embeddings; loss = (1 - cos(p(H_u), T_i)) / 2 +
     (1 - cos(p(H_i), T_u)) / 2 with p linear and T the target: H after ``dropout`` (``target="dropout"``), H mixed with
-    the output when the node was last seen, ``momentum`` parts of that (``"history"``), or H propagated once more over
-    a graph with ``dropout`` of its edges gone (``"edges"``). score(u, i) = p(H_u) . H_i + H_u . p(H_i). Departures:
-    the history starts at H itself, where the published code starts at standard normal noise; the online side drops no
-    edges, which that of the MMRec toolkit does; no norm penalty (its published weight is 0).
+    the output when the node was last seen, ``momentum`` parts of that (``"history"``), or H propagated once more over a
+    graph with ``dropout`` of its edges gone, each direction drawn for itself (``"edges"``). score(u, i) = p(H_u) . H_i
+    + H_u . p(H_i). Departures: the history starts at H itself, where the published code starts at standard normal
+    noise; the online side drops no edges, which that of the MMRec toolkit does; no norm penalty (its published weight
+    is 0).
     """
 
     losses: ClassVar[tuple[str, ...]] = ("bootstrap",)

@@ -1,0 +1,468 @@
+"""Encoders and terms of the literature's systems, written again from their docstrings: dense matrices and plain loops.
+
+Values, and the gradients of all parameters, which are drawn anew: none stands at the zero or the one it starts at.
+
+Legend: U users, V items, N = U + V nodes, M modalities, D width.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmllmrec import models
+from mmllmrec.data.interactions import IdMap, Interactions
+from mmllmrec.data.sampling import epoch
+from mmllmrec.features.table import FeatureTable
+
+U, V, D = 7, 11, 5
+N = U + V
+WIDE = {"dtype": torch.float64}
+
+
+@pytest.fixture(scope="module")
+def train() -> Interactions:
+    """Seven users and eleven items; the last user and the last two items have no event."""
+    cells = np.random.default_rng(0).choice((U - 1) * (V - 2), size=31, replace=False)
+    ids = IdMap([f"u{u}" for u in range(U)], what="user id"), IdMap([f"i{i}" for i in range(V)], what="item id")
+    return Interactions(cells // (V - 2), cells % (V - 2), None, *ids)
+
+
+@pytest.fixture(scope="module")
+def features() -> FeatureTable:
+    """Two modalities; item 2 has none, item 3 the first alone; of the two new ones the first has the second alone."""
+    rng = np.random.default_rng(1)
+    present = np.ones((V, 2), dtype=bool)
+    present[[2, V - 1]], present[3, 1], present[V - 2, 0] = False, False, False
+    return FeatureTable({"image": rng.normal(size=(V, 4)), "text": rng.normal(size=(V, 6))}, present)
+
+
+@pytest.fixture(scope="module")
+def batch(train):
+    found = next(epoch(train, batch_size=13, negatives=1, rng=np.random.default_rng(0)))
+    assert {2, 3} <= set(found.items.tolist()) and len(found.items.unique()) < 13
+    return found
+
+
+def drawn(kind, train, **options):
+    """A model whose parameters, all of them, are normal."""
+    torch.manual_seed(0)
+    model = kind(train, dim=D, **options).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    return model
+
+
+def agree(model, ours, naive, *, near=1e-5):
+    """The same values, and the same gradients of all parameters, to ``near`` of the largest entry."""
+    own, options = list(model.parameters()), {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    grads = [torch.autograd.grad(x.square().sum(), own, **options) for x in (ours, naive)]
+    assert any(wanted.any() for wanted in grads[1])
+    for found, wanted in [(ours.detach(), naive.detach()), *zip(*grads, strict=True)]:
+        torch.testing.assert_close(found, wanted, rtol=near, atol=near * float(wanted.abs().max()) + 1e-9)
+
+
+def agree_all(model, encoded, users, items):
+    agree(model, torch.cat([encoded.users, encoded.items]), torch.cat([users, items]))
+
+
+def taken(train):
+    return torch.tensor(train.csr.toarray() > 0)
+
+
+def normalised(a):
+    """D^-1/2 A D^-1/2 with D the sums of rows; a row without any stays empty."""
+    half = torch.stack([row.sum() ** -0.5 if row.sum() > 0 else row.sum() for row in a])
+    return half[:, None] * a * half
+
+
+def adjacency(r):
+    """The normalised graph of users and items, N x N, of who took what, U x V."""
+    a = torch.zeros(N, N, **WIDE)
+    for u, i in r.nonzero().tolist():
+        a[u, U + i] = a[U + i, u] = 1.0
+    return normalised(a)
+
+
+def light(r, x, layers):
+    """LightGCN: the mean of x, A x, A A x, ..."""
+    a, total = adjacency(r), x
+    for _ in range(layers):
+        x = a @ x
+        total = total + x
+    return total / (layers + 1)
+
+
+def ids(model, r):
+    """Embeddings of all nodes, zero without an event."""
+    return torch.cat([model.users.weight * r.any(1)[:, None], model.items.weight * r.any(0)[:, None]])
+
+
+def unit(x):
+    return F.normalize(x, dim=1)
+
+
+def contents(features):
+    """The rows (V, F_m) of each modality, and which items have it (V,)."""
+    here = torch.tensor(features.presence)
+    return [(torch.tensor(table).double(), here[:, m]) for m, table in enumerate(features.tables.values())]
+
+
+def through(layer, x, here):
+    """W x + b, and nothing where there is no x."""
+    return torch.stack([layer(row) if there else torch.zeros(D, **WIDE) for row, there in zip(x, here, strict=True)])
+
+
+def bent(layers, x):
+    """W_2 act(W_1 x)."""
+    return layers[2](F.leaky_relu(layers[0](x)))
+
+
+def likeness(x):
+    return unit(x) @ unit(x).T
+
+
+def nearest(cosine, here, k, *, weighted=True):
+    """A normalised graph of each item's k nearest of those here, itself too; edges are cosines from 0 up, or 1."""
+    near = torch.zeros(V, V, **WIDE)
+    for i in here.nonzero()[:, 0].tolist():
+        near[i, sorted(here.nonzero()[:, 0].tolist(), key=lambda j: -float(cosine[i, j].detach()))[:k]] = 1.0
+    return normalised(near * cosine.clamp(min=0) if weighted else near)
+
+
+def alike(features, k, shares):
+    """The frozen graph of alike items: a row is the mean of an item's rows in the graphs of what it has."""
+    graphs = [nearest(likeness(x), here, k, weighted=False) for x, here in contents(features)]
+    s = torch.zeros(V, V, **WIDE)
+    for i, has in enumerate(features.presence):
+        for m in has.nonzero()[0]:
+            s[i] += shares[m] / sum(shares[n] for n in has.nonzero()[0]) * graphs[m][i]
+    return s
+
+
+def companions(r, k):
+    """Each user's k others who took most of the same, the first of equals, by the softmax of how much."""
+    c = torch.zeros(U, U, **WIDE)
+    for u in range(U):
+        common = {v: float((r[u] & r[v]).sum()) for v in range(U) if v != u and (r[u] & r[v]).any()}
+        best = sorted(common, key=lambda v: (-common[v], v))[:k]
+        c[u, best] = torch.softmax(torch.tensor([common[v] for v in best], **WIDE), 0)
+    return c
+
+
+def info_nce(one, other, temperature, *, within=False):
+    """Each row of ``one`` is to find its own among those of ``other``, and among the others of ``one`` where told."""
+    one, other, costs = unit(one), unit(other), []
+    for n, row in enumerate(one):
+        against = [row @ x / temperature for x in other]
+        against += [row @ x / temperature for m, x in enumerate(one) if within and m != n]
+        costs.append(torch.logsumexp(torch.stack(against), 0) - row @ other[n] / temperature)
+    return torch.stack(costs).mean()
+
+
+def apart(x, y):
+    return 1 - F.cosine_similarity(x, y, dim=0)
+
+
+def distinct(indices, here=None):
+    return [n for n in sorted(set(indices.tolist())) if here is None or here[n]]
+
+
+def test_micro_fuses_learned_graphs_by_attention_and_draws_each_to_what_is_fused(train, features, batch):
+    options = {"neighbours": 3, "keep": 0.3, "item_layers": 2, "contrast_weight": 0.7, "temperature": 0.4}
+    model = drawn(models.MICRO, train, features=features, **options).eval()
+    r, views, fused = taken(train), [], []
+    start = ids(model, r)
+    for (x, here), layer in zip(contents(features), model.learned.maps, strict=True):
+        a = 0.3 * nearest(likeness(x), here, 3) + 0.7 * nearest(likeness(layer(x)), here, 3)
+        views.append(a @ a @ start[U:])
+    inner, _, query = model.attention
+    for i, has in enumerate(features.presence):
+        own = torch.stack([view[i] for view in views])[has.nonzero()[0]]
+        w = [query.weight[0] @ torch.tanh(inner.weight @ h + inner.bias) for h in own]
+        fused.append(torch.softmax(torch.stack(w), 0) @ own if w else torch.zeros(D, **WIDE))
+    h, graph, encoded = torch.stack(fused), light(r, start, 2), model.encode()
+    agree_all(model, encoded, graph[:U], graph[U:] + unit(h))
+    total = 0.0
+    for (_, here), view in zip(contents(features), views, strict=True):
+        some = distinct(batch.items, here)
+        total = total + info_nce(view[some], h[some], 0.4, within=True)
+    agree(model, model.auxiliary(batch, encoded)["contrast"], 0.7 * total)
+
+
+def test_dragon_joins_modalities_and_adds_alike_users_and_items(train, features):
+    options = {"hidden": 7, "neighbours": 3, "shares": (0.25, 0.75), "companions": 2, "item_layers": 2}
+    model = drawn(models.DRAGON, train, features=features, **options)
+    r, s, found = taken(train), alike(features, 3, (0.25, 0.75)), []
+    for (x, here), encoder in zip(contents(features), model.encoders, strict=True):
+        users, items = unit(encoder.preference) * r.any(1)[:, None], unit(bent(encoder.map, x)) * here[:, None]
+        found.append(3 * light(r, torch.cat([users, items]), 2))  # a sum over layers, where LightGCN has the mean
+    users = torch.stack([torch.cat([model.personal[u, m] * x[u] for m, x in enumerate(found)]) for u in range(U)])
+    items = torch.cat([x[U:] for x in found], dim=1)
+    agree_all(model, model.encode(), users + companions(r, 2) @ users, items + s @ s @ items)
+
+
+def test_pgl_trains_on_the_sampled_events_and_scores_with_all(train, features, batch):
+    options = {"neighbours": 3, "shares": (0.25, 0.75), "prune": 0.5, "dropout": 0.3, "contrast_weight": 0.7}
+    model = drawn(models.PGL, train, features=features, temperature=0.4, **options)
+    model.begin_epoch(np.random.default_rng(0))
+    sample = torch.tensor(model.sampled.sparse().toarray()[:U, U:] > 0)
+    assert sample.sum() == round(0.5 * len(train)) and not (sample & ~taken(train)).any()
+    users = torch.cat(list(model.preferences), dim=1) * taken(train).any(1)[:, None]
+    each = zip(contents(features), model.maps, strict=True)
+    items = torch.cat([unit(through(layer, x, here)) for (x, here), layer in each], dim=1)
+    for training, r in ((True, sample), (False, taken(train))):
+        graph = light(r, torch.cat([users, items]), 2)
+        out = graph[:U], graph[U:] + alike(features, 3, (0.25, 0.75)) @ items
+        agree_all(model, model.train(training).encode(), *out)
+    torch.manual_seed(1)
+    found = model.auxiliary(batch, model.encode())["contrast"]
+    torch.manual_seed(1)
+    rows = out[0][distinct(batch.users)], out[1][distinct(batch.items)]
+    naive = [info_nce(F.dropout(x, 0.3), F.dropout(x, 0.3), 0.4) for x in rows]
+    agree(model, found, 0.7 * (naive[0] + naive[1]) / 2)  # the mean of both, as published
+
+
+def test_cohesion_refines_content_by_ids_before_the_graph(train, features):
+    options = {"hidden": 7, "neighbours": 3, "shares": (0.25, 0.75), "companions": 2, "item_layers": 2}
+    model = drawn(models.COHESION, train, features=features, **options)
+    r, s, found = taken(train), alike(features, 3, (0.25, 0.75)), []
+    warm, e = r.any(0), model.items.weight * r.any(0)[:, None]
+    for (x, here), layers, users in zip([(e, warm), *contents(features)], model.maps, model.preferences, strict=True):
+        f = bent(layers, x) * here[:, None]
+        rows = [((e[i] ** 2 + f[i] ** 2) / 2) ** 0.5 if here[i] or warm[i] else 0 * e[i] for i in range(V)]
+        layer = total = start = unit(torch.cat([users * r.any(1)[:, None], torch.stack(rows)]))
+        for _ in range(2):
+            passed = adjacency(r) @ layer
+            layer = torch.stack([F.cosine_similarity(passed[n], start[n], dim=0) * passed[n] for n in range(N)])
+            total = total + layer
+        found.append(total)
+    nodes = torch.cat(found, dim=1)
+    users, items = nodes[:U], nodes[U:]
+    agree_all(model, model.encode(), users + companions(r, 2) @ users, items + s @ s @ items)
+
+
+def test_cohesion_weighs_channels_by_how_little_they_tell(train, features, batch):
+    model = drawn(models.COHESION, train, features=features, hidden=7, neighbours=3, reg=0.3)
+    encoded, terms, costs = model.encode(), model.loss(batch), []
+    for u, i, j in zip(batch.users, batch.items, batch.negatives[:, 0], strict=True):
+        p, q, n = encoded.users[u].view(3, D), encoded.items[i].view(3, D), encoded.items[j].view(3, D)
+        gaps = torch.stack([p[m] @ q[m] - p[m] @ n[m] for m in range(3)])
+        a = 1 - torch.softmax(gaps.detach(), 0)
+        costs.append(-F.logsigmoid(a @ gaps))
+    agree(model, terms["bpr"], torch.stack(costs).mean())
+    agree(model, terms["reg"], 0.3 * sum((table[batch.users] ** 2).mean() for table in model.preferences))
+
+
+def waves(sign):
+    """exp(sign 2 pi i k n / D) of each frequency k and place n: (D // 2 + 1, D)."""
+    return torch.exp(sign * 2j * torch.pi / D * torch.outer(torch.arange(D // 2 + 1, **WIDE), torch.arange(D, **WIDE)))
+
+
+def spectrum(x):
+    return x.to(torch.complex128) @ waves(-1).T / D**0.5
+
+
+def signal(spectrum):
+    """The real rows of a spectrum (V, D // 2 + 1): D is odd, so all waves but the constant are there twice."""
+    return (torch.cat([spectrum, spectrum[:, 1:]], 1) @ torch.cat([waves(1), waves(1)[1:]])).real / D**0.5
+
+
+def test_smore_filters_and_fuses_spectra_before_the_graphs(train, features):
+    model = drawn(models.SMORE, train, features=features, neighbours=3)
+    r, each = taken(train), contents(features)
+    start, behaviour = ids(model, r), light(r, ids(model, r), 3)
+    spectra = [spectrum(through(layer, x, here)) for (x, here), layer in zip(each, model.maps, strict=True)]
+    product = torch.ones_like(spectra[0])
+    for (_, here), y in zip(each, spectra, strict=True):
+        product = torch.stack([row * y[i] if here[i] else row for i, row in enumerate(product)])
+    graphs = [nearest(likeness(x), here, 3) for x, here in each]
+    graphs.append(torch.maximum(*graphs))
+    views = []
+    for y, shape, gate, graph in zip([*spectra, product], model.filters, model.gates, graphs, strict=True):
+        kernel = torch.complex(*shape.kernel.T)
+        items = graph @ (start[U:] * torch.sigmoid(gate(signal(y * kernel))))
+        views.append(torch.cat([adjacency(r)[:U, U:] @ items, items]))
+    weights = [torch.softmax(q[2](torch.tanh(q[0](views[-1]))), dim=1) for q in model.queries]
+    views = [weights[0] * views[0], weights[1] * views[1], views[2]]
+    heeded = [torch.sigmoid(p(behaviour)) * view for p, view in zip(model.preferences, views, strict=True)]
+    out = behaviour + sum(heeded) / 3
+    agree_all(model, model.encode(), out[:U], out[U:])
+
+
+def test_slmrec_maps_its_channels_and_aligns_them_step_by_step(train, features, batch):
+    model = drawn(models.SLMRec, train, features=features, layers=2, alignment_weight=0.7, temperature=0.4)
+    r, each = taken(train), contents(features)
+    start = ids(model, r)
+    told = [through(layer, x, here) for (x, here), layer in zip(each, model.maps, strict=True)]
+    channels = [light(r, torch.cat([start[:U], items]), 2) for items in (start[U:], *told)]
+    users = model.join_users(torch.cat([c[:U] for c in channels], dim=1)) * r.any(1)[:, None]
+    some = torch.tensor(features.presence).any(1) | r.any(0)
+    items = model.join_items(torch.cat([c[U:] for c in channels], dim=1)) * some[:, None]
+    agree_all(model, model.encode(), users, items)
+    x, total = channels[0][U:], 0.0
+    for m, (_, here) in enumerate(each):
+        x, y, some = model.spaces[m](x), model.into[m](channels[m + 1][U:]), distinct(batch.items, here)
+        rows = [torch.logsumexp(x[i] @ y[some].T / 0.4, 0) - x[i] @ y[i] / 0.4 for i in some]
+        total = total + torch.stack(rows).mean()
+    agree(model, model.loss(batch)["alignment"], 0.7 * total)
+
+
+def over_neighbours(r, x):
+    """a(s -> d): the softmax over d's neighbours s of x_s . x_d, in row d."""
+    a = torch.zeros(N, N, **WIDE)
+    for d in range(N):
+        near = adjacency(r)[d].nonzero()[:, 0]
+        a[d, near] = torch.softmax(x[near] @ x[d], 0)
+    return a
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_grcn_weighs_edges_by_affinity_and_confidence(cut, train, features):
+    model = drawn(models.GRCN, train, features=features, layers=2, routing=2, prune_edges=cut)
+    r, affinities, parts = taken(train), [], []
+    for (x, here), layer, preference in zip(contents(features), model.maps, model.preferences, strict=True):
+        f, p = unit(F.leaky_relu(layer(x))) * here[:, None], unit(preference) * r.any(1)[:, None]
+        for _ in range(2):
+            weights = [torch.softmax(f[r[u]] @ p[u], 0) for u in range(U)]
+            p = unit(torch.stack([p[u] + weights[u] @ f[r[u]] for u in range(U)]))
+        x = torch.cat([p, f])
+        affinities.append(over_neighbours(r, x))
+        parts.append(x + affinities[-1] @ x)
+    refined = torch.zeros(N, N, **WIDE)
+    for d, s in adjacency(r).nonzero().tolist():
+        weight = torch.stack([a[d, s] * model.confidence[s, m] for m, a in enumerate(affinities)]).max()
+        refined[d, s] = weight.clamp(min=0) if cut else weight
+    assert (refined < 0).any() != cut
+    own = unit(ids(model, r))
+    out = torch.cat([own + refined @ own + refined @ refined @ own, *parts], dim=1)
+    agree_all(model, model.encode(), out[:U], out[U:])
+
+
+def test_alignrec_gates_ids_by_content_and_aligns_at_three_levels(train, features, batch):
+    sizes = {"contrast_weight": 0.7, "similarity_weight": 0.2, "user_item_weight": 0.3, "temperature": 0.4}
+    model = drawn(models.AlignRec, train, features=features, neighbours=3, **sizes)
+    r, each = taken(train), contents(features)
+    cosine = sum(likeness(x) for x, _ in each) / sum(here[:, None] & here for _, here in each).clamp(min=1)
+    graph = nearest(cosine, torch.tensor(features.presence).any(1), 3)
+    x, start, behaviour = torch.cat([unit(x) for x, _ in each], 1), ids(model, r), light(r, ids(model, r), 2)
+    items = graph @ (start[U:] * torch.sigmoid(model.gate(model.map(x))))
+    side = torch.cat([adjacency(r)[:U, U:] @ items, items])
+    users, items = (behaviour + side)[:U], (behaviour + side)[U:]
+    encoded = model.encode()
+    agree_all(model, encoded, users, items)
+    terms, some = model.auxiliary(batch, encoded), distinct(batch.items)
+    nodes = [distinct(batch.users), [U + i for i in some]]
+    agree(model, terms["contrast"], 0.7 * sum(info_nce(side[n], behaviour[n], 0.4) for n in nodes))
+    rows = side[nodes[1]]
+    off = ((rows @ rows.T - cosine[some][:, some]) ** 2).sum() ** 0.5
+    agree(model, terms["similarity"], 0.2 * off / len(some))
+    pairs = zip(batch.users, batch.items, strict=True)
+    agree(model, terms["user-item"], 0.3 * torch.stack([apart(users[u], items[i]) for u, i in pairs]).mean())
+
+
+def test_bm3_s_content_meets_ids_and_itself(train, features, batch):
+    model = drawn(models.BM3, train, features=features, layers=2, dropout=0.3, content_weight=0.7, reg=0.2)
+    torch.manual_seed(1)
+    terms = model.loss(batch)
+    torch.manual_seed(1)
+    start = ids(model, taken(train))
+    graph = light(taken(train), start, 2)
+    users, items, g = graph[:U], graph[U:] + start[U:], model.predictor
+    to_users, to_items = (F.dropout(x.detach(), 0.3) for x in (users[batch.users], items[batch.items]))
+    pairs = [*enumerate(zip(batch.users, batch.items, strict=True))]
+    both = [apart(g(users[u]), to_items[b]) + apart(g(items[i]), to_users[b]) for b, (u, i) in pairs]
+    agree(model, terms["bootstrap"], torch.stack(both).mean())
+    total = 0.0
+    for (x, here), layer in zip(contents(features), model.maps, strict=True):
+        some = [b for b, i in enumerate(batch.items) if here[i]]
+        z = layer(x[batch.items[some]])
+        to_z = F.dropout(z.detach(), 0.3)
+        each = [apart(g(z[n]), to_items[b]) + apart(g(z[n]), to_z[n]) for n, b in enumerate(some)]
+        total = total + torch.stack(each).mean()
+    agree(model, terms["content"], 0.7 * total)
+    agree(model, terms["reg"], 0.2 * ((users**2).sum() ** 0.5 + (items**2).sum() ** 0.5) / V)
+
+
+def test_freedom_ranks_content_alone_for_the_same_users(train, features, batch):
+    model = drawn(models.FREEDOM, train, features=features, neighbours=3, layers=2, content_weight=0.7).eval()
+    start, total = ids(model, taken(train)), 0.0
+    users = light(taken(train), start, 2)[:U]
+    for (x, here), layer in zip(contents(features), model.maps, strict=True):
+        told = x @ layer.weight.T
+        rows = [*zip(batch.users, batch.items, batch.negatives[:, 0], strict=True)]
+        each = [-F.logsigmoid(users[u] @ (told[i] - told[j])) for u, i, j in rows if here[i] and here[j]]
+        assert 0 < len(each) < len(rows)
+        total = total + torch.stack(each).mean()
+    agree(model, model.loss(batch)["content"], 0.7 * total)
+
+
+def test_diffmm_s_denoisers_tell_rows_from_noise(train, features):
+    model = drawn(models.DiffMM, train, features=features, hidden=7, steps=5, noise=0.1, signal_weight=0.3).float()
+    torch.manual_seed(8)
+    found = model._diffused(23)
+    torch.manual_seed(8)
+    variances = [0.1 * v for v in np.linspace(1e-4, 0.02, 5)]
+    shares = [1e-4, *(1 - (1 - b) / (1 - a) for a, b in pairwise(variances))]
+    kept = torch.tensor(np.cumprod([1 - share for share in shares]), dtype=torch.float32)
+    snr = kept / (1 - kept)
+    count = round(23 / len(train) * U)  # an epoch's batches have all users
+    x = taken(train)[torch.randperm(U)[:count]].float()
+    step, total = torch.randint(0, 5, (count,)), 0.0
+    assert 0 in step and len(step.unique()) > 2
+    noisy = torch.stack([kept[t] ** 0.5 * row for t, row in zip(step, x, strict=True)])
+    noisy = noisy + torch.stack([(1 - kept[t]) ** 0.5 * row for t, row in zip(step, torch.randn(x.shape), strict=True)])
+    q = ids(model, taken(train))[U:].detach()
+    for (rows, here), layer, denoiser in zip(contents(features), model.maps, model.denoisers, strict=True):
+        angles = torch.tensor([[float(t) / 10000 ** (k / 5) for k in range(5)] for t in step])
+        time = denoiser.time(torch.cat([angles.cos(), angles.sin()], dim=1))
+        told = denoiser.outer(torch.tanh(denoiser.inner(torch.cat([F.dropout(noisy, 0.5), time], dim=1))))
+        weights = [snr[t - 1] - snr[t] if t else torch.tensor(1.0) for t in step]
+        costs = [w * ((a - b) ** 2).mean() for w, a, b in zip(weights, x, told, strict=True)]
+        read = told @ (F.leaky_relu(rows.float() @ layer.weight.T, 0.2) * here[:, None]).detach()
+        total = total + torch.stack(costs).mean() + 0.3 * ((read - x @ q) ** 2).mean()
+    agree(model, found, total)
+
+
+def test_diffmm_adds_up_both_graphs_of_each_modality(train, features):
+    options = {"layers": 2, "graph_weight": 0.3, "residual": 0.4, "top": 2, "hidden": 7}
+    model = drawn(models.DiffMM, train, features=features, **options)
+    r, loops = taken(train), torch.eye(N, **WIDE)
+    written = torch.rand(2, U, V).topk(2).indices
+
+    def looped(r):
+        return normalised((adjacency(r) > 0) + loops)
+
+    def layered(x):
+        return x + looped(r) @ x + looped(r) @ looped(r) @ x
+
+    for m in range(2):
+        model.get_buffer(f"written{m}").copy_(written[m])
+    model._link()
+    start, shares, total, views = ids(model, r), torch.softmax(model.shares, 0), 0.0, []
+    for m, ((x, here), layer) in enumerate(zip(contents(features), model.maps, strict=True)):
+        own = looped(torch.zeros(U, V).scatter(1, written[m], 1.0) * r.any(1)[:, None])
+        y = torch.cat([start[:U], unit(F.leaky_relu(x @ layer.weight.T, 0.2)) * here[:, None]])
+        first = looped(r) @ y
+        second = looped(r) @ torch.cat([first[:U], start[U:]])
+        total = total + shares[m] * (first + second + 0.3 * own @ start)
+        views.append(layered(own @ y))
+    out, encoded = layered(total) + 0.4 * unit(total), model.encode()
+    agree_all(model, encoded, out[:U], out[U:])
+    agree(model, torch.stack([*encoded.parts.values()]), torch.stack(views))
+
+
+def test_selfcf_propagates_its_targets_over_a_graph_with_edges_gone(train, batch):
+    model = drawn(models.SelfCF, train, layers=2, target="edges", dropout=0.4)
+    torch.manual_seed(1)
+    found = model.loss(batch)["bootstrap"]
+    torch.manual_seed(1)
+    h, a = light(taken(train), ids(model, taken(train)), 2), adjacency(taken(train))
+    thinned = torch.zeros_like(a)
+    thinned[a != 0] = F.dropout(a[a != 0], 0.4)  # each edge's two ways are drawn apart
+    target, p = (thinned @ h).detach(), model.predictor
+    pairs = zip(batch.users, batch.items + U, strict=True)
+    each = [apart(p(h[u]), target[i]) + apart(p(h[i]), target[u]) for u, i in pairs]
+    agree(model, found, torch.stack(each).mean() / 2)
