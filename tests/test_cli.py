@@ -69,6 +69,14 @@ def test_features_without_a_tower_is_one_line():
     assert "Example" in call("features", "extract", "--help").stdout
 
 
+def test_a_timed_system_is_a_row_or_all_rows_of_its_class():
+    from mmllmrec.cli.bench import rows_of
+
+    table = {"Fast": ("Fast", {}), "Fast, raw": ("Fast", {}), "Deep, 1": ("Deep", {}), "Deep, 2": ("Deep", {})}
+    named = {"Fast": ["Fast"], "Fast, raw": ["Fast, raw"], "Deep": ["Deep, 1", "Deep, 2"], "Nobody": ["Nobody"]}
+    assert {name: rows_of(name, table) for name in named} == named
+
+
 def test_import_is_light():
     heavy = ["torch", "transformers", "datasets", "pandas", "matplotlib", "accelerate", "open_clip", "peft"]
     code = f"import sys, json, mmllmrec; print(json.dumps([m for m in {heavy} if m in sys.modules]))"

@@ -1,16 +1,24 @@
-"""The README's numbers are those of the run cards it names, and its Python runs."""
+"""The README's numbers are those of the run cards it names, its commands are known, and its Python runs."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+from mmllmrec.cli import app
+from mmllmrec.cli.bench import rows_of
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # a table, and before it the line that names its metric and its card
 TABLES = re.findall(r"\b(ndcg@\d+|recall@\d+)\b[^|]*?\(card:\s*`(.+?)`\)\.?\n\n((?:\|.*\n)+)", TEXT)
 TIMES = re.findall(r"\(card:\s*`([^`]+?)`\)\.?\n\n((?:\| timed .*\n)(?:\|.*\n)+)", TEXT)
+BLOCKS = "".join(re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL))
+LINES = re.findall(r"(?:\bmmllmrec|-m mmllmrec\.cli) ([^#)\n]+)", BLOCKS) + re.findall(r"`mmllmrec ([^`]+)`", TEXT)
+COMMANDS = sorted({" ".join(line.split()) for line in LINES})
 
 COSTS = {"tokens a user": "{:.0f}", "seconds a user": "{:.2f}", "tuning, s": "{:.0f}"}
 
@@ -66,6 +74,41 @@ def test_every_file_it_names_is_there():
     named = re.findall(r"`((?:notebooks|adapters|prompts|mmllmrec)/[\w./-]*)`|\]\((\S+?)\)", TEXT)
     for name in filter(None, (n for pair in named for n in pair)):
         assert name.startswith("http") or (ROOT / name).exists(), name
+
+
+def test_there_are_commands():
+    assert {c.split()[0] for c in COMMANDS} >= {"bench", "finetune", "prompts"} and len(COMMANDS) >= 25
+
+
+def parse(words):
+    """The values that a command gets; it is not run."""
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands") and words != ["--help"]:
+        command, words = command.commands[words[0]], words[1:]
+    return {} if words == ["--help"] else command.make_context(command.name, words).params
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_commands_parse(command, monkeypatch, tmp_path):
+    from mmllmrec.bench.ablations import OFF
+    from mmllmrec.bench.literature import SYSTEMS as SURVEYED
+    from mmllmrec.bench.parity import SYSTEMS as PUBLISHED
+    from mmllmrec.bench.rows import DATA
+    from mmllmrec.data.splits import SPLITS
+    from mmllmrec.training.finetune import LAUNCHERS
+    from mmllmrec.training.speed import SYSTEMS as TIMED
+
+    monkeypatch.chdir(tmp_path)
+    for file in ("FILE", "peer.csv"):
+        Path(file).touch()
+    words = shlex.split(command)
+    asked = parse(words)
+    for option, values in (("data", DATA), ("kind", SPLITS), ("launcher", ("", *LAUNCHERS))):
+        assert option not in asked or asked[option] in values
+    if asked.get("systems"):
+        rows = {"survey": SURVEYED, "ablations": OFF, "parity": PUBLISHED, "train": TIMED}[words[1]]
+        for name in asked["systems"]:
+            assert name in rows or (rows is TIMED and set(rows_of(name, rows)) <= set(rows))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""recommend(): ids, masks, cold items, cold and unknown users, folders, the grid."""
+"""recommend(): ids, masks, cold items, cold and unknown users, folders, classes of one's own, the grid."""
 
 import datasets
 import numpy as np
@@ -10,6 +10,7 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models import TwoStage
+from mmllmrec.models.base import Recommender
 from mmllmrec.models.bpr import BPR
 from mmllmrec.models.itemknn import ItemKNN
 from mmllmrec.serving.recommend import COLUMNS, recommend
@@ -115,6 +116,25 @@ def test_a_saved_folder_recommends_the_same(model, tmp_path):
     assert again.equals(recommend(model, users=["u1", "u4"], k=5).frame)
     with pytest.raises(DataError, match="cannot recommend with a dict"):
         recommend({}, users=["u1"])
+
+
+def test_a_class_of_ones_own_is_loaded_by_itself(train, tmp_path):
+    class Bakery(BPR):
+        def __init__(self, train, *, dim=5, sharpness=2.0):
+            Recommender.__init__(self, train, dim=dim, sharpness=sharpness)
+            self.users, self.items = torch.nn.Embedding(N_USERS, dim), torch.nn.Embedding(N_ITEMS, dim)
+
+        def forward(self):
+            return self.config["sharpness"] * self.users.weight, self.items.weight
+
+    model = Bakery(train, sharpness=3.0)
+    folder = model.save_pretrained(tmp_path / "bakery")
+    again = Bakery.from_pretrained(folder)
+    everyone = np.arange(N_USERS)
+    assert type(again) is Bakery and torch.equal(again.score(everyone), model.score(everyone))
+    for other in (Recommender, BPR):
+        with pytest.raises(DataError, match=r"class 'Bakery' is not one of .*called on the class itself"):
+            other.from_pretrained(folder)
 
 
 def test_titles_and_pictures(model, train, capsys):

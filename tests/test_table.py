@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import pytest
+import scipy.linalg
 
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap
@@ -54,6 +55,18 @@ def test_whitening_keeps_the_directions_of_most_variance(table, fit_on):
     ours = table.whiten(fit_on, 3).tables["image"][table.presence[:, 0] & fit_on]
     expected = u[:, :3] * np.sqrt(len(rows))
     np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-3)
+
+
+def test_whitening_outlives_a_solver_that_gives_up(table, fit_on, monkeypatch):
+    before, real = table.whiten(fit_on, 3).tables["image"], scipy.linalg.eigh
+
+    def gives_up(matrix, **options):
+        if options:
+            raise scipy.linalg.LinAlgError("Internal Error.")
+        return real(matrix)
+
+    monkeypatch.setattr(scipy.linalg, "eigh", gives_up)
+    np.testing.assert_allclose(table.whiten(fit_on, 3).tables["image"], before, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["standardise", "whiten"])

@@ -310,9 +310,7 @@ def train(
 def finetune(
     config: Annotated[Path | None, typer.Argument(help="a JSON file; --init writes one")] = None,
     folder: Folder = Path("runs/finetuned"),
-    init: Annotated[
-        Path | None, typer.Option("--init", help="write a config with every default here, and stop")
-    ] = None,
+    init: Annotated[Path | None, typer.Option("--init", help="write a config with the defaults here, and stop")] = None,
     launcher: Annotated[str, typer.Option(help="print where an Accelerate config is, and stop: cpu2, bf16, fsdp")] = "",
     resume: Annotated[bool, typer.Option(help="go on from what the folder holds")] = True,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="The comparisons of the README, wit
 Seeds = Annotated[int, typer.Option(min=1, help="how many seeds, from 0")]
 Cards = Annotated[Path, typer.Option("--folder", help="where the run card and the table go")]
 Repeats = Annotated[int, typer.Option(min=1, help="how often each is timed; the median counts")]
+Asked = Annotated[str, typer.Option("--data", "--dataset", help="atelier, atelier-b, movielens-small or lastfm-2k")]
 
 
 @app.command("eval")
@@ -28,11 +30,19 @@ def bench_eval(repeats: Repeats = 5, folder: Cards = Path("runs/eval")) -> None:
     print(f"run card: {folder / 'card.json'}")
 
 
+def rows_of(name: str, table: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """The row of that name, else all rows of that class, else the name itself, which the bench then refuses."""
+    return [name] if name in table else [row for row, (kind, _) in table.items() if kind == name] or [name]
+
+
 @app.command("train")
 def bench_train(
     repeats: Repeats = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
-    systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
+    systems: Annotated[
+        list[str] | None,
+        typer.Option("--system", help="these rows alone, 'LightGCN' being all rows of that class; all where not given"),
+    ] = None,
     peer: Annotated[Path | None, typer.Option(exists=True, help="a CSV of another toolkit's seconds")] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="of each system's training to its best; none where not given")
@@ -46,9 +56,8 @@ def bench_train(
     """
     from mmllmrec.training.speed import SYSTEMS, speed
 
-    table = speed(
-        repeats=repeats, threads=threads, systems=systems or tuple(SYSTEMS), peer=peer, minutes=minutes, folder=folder
-    ).fillna("-")
+    rows = [row for name in systems or SYSTEMS for row in rows_of(name, SYSTEMS)]
+    table = speed(repeats=repeats, threads=threads, systems=rows, peer=peer, minutes=minutes, folder=folder).fillna("-")
     show(table, f"training, medians of {repeats} epochs; features are whitened to 64 columns when a system is built")
     print(f"run card: {folder / 'card.json'}")
 
@@ -148,7 +157,7 @@ def bench_parity(
 
 @app.command("ablations")
 def bench_ablations(
-    data: Annotated[str, typer.Option("--data", help="a dataset's name")] = "lastfm-2k",
+    data: Asked = "lastfm-2k",
     path: At = None,
     kind: Kind = "random_per_user",
     systems: Annotated[list[str] | None, typer.Option("--system", help="these alone; all where not given")] = None,
@@ -168,7 +177,6 @@ def bench_ablations(
     show(table, "without its own idea")
 
 
-Asked = Annotated[str, typer.Option("--data", help="atelier, atelier-b, movielens-small or lastfm-2k")]
 Trials = Annotated[int, typer.Option(min=1, help="settings tried of every row, on validation")]
 Minutes = Annotated[float, typer.Option(min=0.01, help="of training that every row's search may take")]
 Searches = Annotated[Path, typer.Option("--tuned", help="where searches are kept, shared by q1 to q4")]

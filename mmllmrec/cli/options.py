@@ -9,7 +9,10 @@ from typing import Annotated, Any
 import typer
 
 Data = Annotated[
-    str, typer.Option("--data", help="atelier, atelier-b, movielens-small, lastfm-2k, or folder: your own, at --path")
+    str,
+    typer.Option(
+        "--data", "--dataset", help="atelier, atelier-b, movielens-small, lastfm-2k, or folder: your own, at --path"
+    ),
 ]
 At = Annotated[Path | None, typer.Option("--path", help="the dataset's folder; otherwise found under MMLLMREC_DATA")]
 Kind = Annotated[

@@ -346,7 +346,11 @@ def _principal(centred: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
     n, width = centred.shape
     small = centred.T @ centred if width <= n else centred @ centred.T
     size = len(small)
-    values, vectors = scipy.linalg.eigh(small / n, subset_by_index=[max(size - dim, 0), size - 1])
+    first = max(size - dim, 0)
+    try:
+        values, vectors = scipy.linalg.eigh(small / n, subset_by_index=[first, size - 1])
+    except scipy.linalg.LinAlgError:  # on some processors it gives up where most values are equal
+        values, vectors = (x[..., first:] for x in scipy.linalg.eigh(small / n))
     values, vectors = values[::-1], vectors[:, ::-1]
     keep = max(int((values > 1e-6 * max(values[0], 1e-12)).sum()), 1)
     values, vectors = values[:keep], vectors[:, :keep]

@@ -154,8 +154,9 @@ class Recommender(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str], *, catalog: Catalog | None = None) -> Recommender:
         """Load what ``save_pretrained`` wrote; ``catalog`` is needed by models that read content.
 
-        Called on ``Recommender`` itself, any saved class is loaded. Raises ``DataError`` naming the file that is
-        missing or does not fit.
+        Called on ``Recommender`` itself, any saved class of the library is loaded. A class of your own loads what it
+        saved when this is called on it: no name in a file is ever imported. Raises ``DataError`` naming the file that
+        is missing or does not fit.
         """
         folder = Path(folder)
         about = read_json(folder / "config.json")
@@ -167,10 +168,14 @@ class Recommender(nn.Module):
             raise DataError(f"{folder}: ids.json and events.safetensors do not fit each other: {error}") from None
         from mmllmrec import models
 
-        known = sorted(set(models.WHERE) - {"Recommender"})
-        if about.get("class") not in known:
-            raise DataError(f"{folder / 'config.json'}: class {about.get('class')!r} is not one of {known}")
-        kind: type[Recommender] = getattr(models, about["class"])
+        name, known = about.get("class"), sorted(set(models.WHERE) - {"Recommender"})
+        own = name == cls.__name__ and cls is not Recommender
+        if not own and name not in known:
+            raise DataError(
+                f"{folder / 'config.json'}: class {name!r} is not one of {known}; "
+                "a class of your own is loaded by from_pretrained called on the class itself"
+            )
+        kind: type[Recommender] = cls if own else getattr(models, str(name))
         if not issubclass(kind, cls):
             raise DataError(
                 f"{folder} holds a {kind.__name__}, not a {cls.__name__}: use {kind.__name__}.from_pretrained"
