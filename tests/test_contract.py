@@ -1,5 +1,6 @@
 """What every recommender keeps. A new one joins by one line in MODELS."""
 
+import inspect
 import json
 from collections.abc import Callable
 
@@ -7,15 +8,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmllmrec import models
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, IdMap, Interactions
 from mmllmrec.data.sampling import Batch, epoch
 from mmllmrec.models.base import Recommender
+from mmllmrec.models.composed import Encoder, Fusion
 
 U, N = 7, 11
 USERS = np.arange(U)
+PICTURED = {"item_id": datasets.Value("string"), "image": datasets.Image(decode=False)}
 
 
 def a_stage() -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +72,13 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "SelfCF, edges": lambda train, catalog: models.SelfCF(train, dim=5, target="edges"),
     "FREEDOM": lambda train, catalog: models.FREEDOM(train, catalog=catalog, dim=5, neighbours=3, feature_dim=3),
     "FREEDOM, softmax": lambda train, catalog: models.FREEDOM(
-        train, catalog=catalog, dim=5, neighbours=3, shares=(0.1, 0.9), feature_dim=3, loss="softmax"
+        train,
+        catalog=catalog,
+        dim=5,
+        neighbours=3,
+        shares=(0.1, 0.9)[: len(catalog.modalities)],
+        feature_dim=3,
+        loss="softmax",
     ),
     "BM3": lambda train, catalog: models.BM3(train, catalog=catalog, dim=5, feature_dim=3),
     "MGCN": lambda train, catalog: models.MGCN(train, catalog=catalog, dim=5, neighbours=3, feature_dim=3),
@@ -148,6 +158,25 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
     "MMSSL, softmax": lambda train, catalog: models.MMSSL(
         train, catalog=catalog, dim=6, heads=2, top=3, adversarial_weight=0.0, feature_dim=3, loss="softmax"
     ),
+    "Composed": lambda train, catalog: models.Composed(
+        train, catalog=catalog, encoder=Encoder("item graph", neighbours=3), dim=5, feature_dim=3
+    ),
+    "Composed, late": lambda train, catalog: models.Composed(
+        train, catalog=catalog, fusion=Fusion("late", "attentive"), extras={"noise": 0.1}, dim=5, feature_dim=3
+    ),
+    "Composed, late item graph": lambda train, catalog: models.Composed(
+        train,
+        catalog=catalog,
+        encoder=Encoder("item graph", neighbours=3),
+        fusion=Fusion("late", "gate"),
+        loss="softmax",
+        dim=5,
+        feature_dim=3,
+    ),
+    "DVBPR": lambda train, catalog: models.DVBPR(train, catalog=catalog, dim=5, size=32, width=4),
+    "DVBPR, softmax": lambda train, catalog: models.DVBPR(
+        train, catalog=catalog, dim=5, size=32, width=4, loss="softmax"
+    ),
     "ItemKNN": lambda train, catalog: models.ItemKNN(train, k=3),
     "EASE": lambda train, catalog: models.EASE(train, reg=5.0),
 }
@@ -161,19 +190,30 @@ def train() -> Interactions:
     return Interactions(cells // (N - 1), cells % (N - 1), None, *ids)
 
 
-@pytest.fixture(scope="module")
-def catalog(train) -> Catalog:
+@pytest.fixture(params=list(MODELS))
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def catalog(kind, train) -> Catalog:
+    """Features of two modalities; pictures in place of one for who looks at pictures."""
     rng = np.random.default_rng(1)
     features = {"image": rng.normal(size=(N, 13)), "text": rng.normal(size=(N, 17)) + 1}
     absent = {"image": np.arange(N) == 2, "text": np.isin(np.arange(N), (2, 3))}  # item 2 has no content at all
-    rows = datasets.Dataset.from_dict({"item_id": train.item_ids.ids})
-    return Catalog(rows, train.item_ids, features=features, absent=absent)
+    columns = {"item_id": train.item_ids.ids}
+    if kind.startswith("DVBPR"):
+        pixels = rng.integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
+        pictures = [None if gone else Image.fromarray(p) for p, gone in zip(pixels, absent["image"], strict=True)]
+        rows = datasets.Dataset.from_dict({**columns, "image": pictures}, datasets.Features(PICTURED))
+        return Catalog(rows, train.item_ids, features={"text": features["text"]}, absent=absent)
+    return Catalog(datasets.Dataset.from_dict(columns), train.item_ids, features=features, absent=absent)
 
 
-@pytest.fixture(params=list(MODELS))
-def model(request, train, catalog) -> Recommender:
+@pytest.fixture
+def model(kind, train, catalog) -> Recommender:
     torch.manual_seed(0)
-    return MODELS[request.param](train, catalog)
+    return MODELS[kind](train, catalog)
 
 
 def a_batch(model: Recommender, train: Interactions, size: int = 13) -> Batch:
@@ -266,6 +306,9 @@ def test_one_event_is_a_batch(model, train):
 def test_several_negatives_are_averaged(model, train):
     if model.negatives == 0 or isinstance(model, models.DAMRS):  # a pair's weight there depends on all negatives
         return
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # drawn for a batch's distinct items, which are others in each
     three = next(epoch(train, batch_size=13, negatives=3, rng=np.random.default_rng(0)))
     ones = [Batch(three.users, three.items, three.negatives[:, k : k + 1]) for k in range(3)]
 
@@ -376,6 +419,47 @@ def test_what_is_read_moves_with_the_catalogue(model, train, catalog):
     assert ((after - before).abs().mean() / before.abs().mean() > 1e-3) and torch.equal(model.score(USERS), before)
 
 
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_one_modality_is_enough(kind, modality, train, catalog, tmp_path):
+    if kind.startswith("DVBPR"):
+        return  # it reads pictures alone as it is
+    alone = Catalog(
+        catalog.dataset,
+        train.item_ids,
+        features={modality: catalog.features[modality]},
+        absent={modality: ~catalog.present(modality)},
+    )
+    torch.manual_seed(0)
+    model = MODELS[kind](train, alone)
+    if not model.modalities:
+        return
+    assert model.modalities == (modality,)
+    scores = trained(model, train).score(USERS)
+    assert torch.isfinite(scores).all()
+    loaded = Recommender.from_pretrained(model.save_pretrained(tmp_path / "model"), catalog=alone)
+    assert torch.equal(loaded.score(USERS), scores)
+
+
+def test_who_says_so_knows_new_items_by_what_they_show(model, train, catalog):
+    if model.modalities:
+        trained(model, train)
+        other = model.with_catalog(catalog.shuffled("text", seed=1).shuffled("image", seed=1))
+        moved = (other.embed()[1][N - 1] != model.embed()[1][N - 1]).any()
+        assert bool(moved) is model.supports_cold_items
+
+
+def test_with_another_catalogue_nothing_is_left_of_the_first(model, train, catalog, tmp_path):
+    """What is made of features, such as a graph of alike items, is what a model built on the other catalogue has."""
+    if not model.modalities:
+        return
+    trained(model, train)
+    dealt = catalog.shuffled("text", seed=1).shuffled("image", seed=1)
+    for n, given in enumerate((dealt, catalog.randomised("image", seed=1))):
+        other = model.with_catalog(given)
+        built = Recommender.from_pretrained(other.save_pretrained(tmp_path / str(n)), catalog=given)
+        assert torch.equal(built.score(USERS), other.score(USERS))
+
+
 def test_half_precision_trains(model, train):
     if model.trainable:
         model.begin_epoch(np.random.default_rng(0))
@@ -383,3 +467,26 @@ def test_half_precision_trains(model, train):
             total = sum(model.loss(a_batch(model, train)).values())
         total.backward()
         assert torch.isfinite(total)
+
+
+TRAINS_FEATURES = [
+    name for name, model in models.classes().items() if "trained_features" in inspect.signature(model).parameters
+]
+
+
+def test_systems_that_train_their_features_are_found():
+    assert {"FREEDOM", "MICRO", "SMORE", "BM3"} <= set(TRAINS_FEATURES)
+
+
+@pytest.mark.parametrize("kind", TRAINS_FEATURES)
+def test_trained_features_are_saved_and_are_no_catalogues(kind, train, catalog, tmp_path):
+    torch.manual_seed(0)
+    model = getattr(models, kind)(train, catalog=catalog, dim=6, feature_dim=3, trained_features=True)
+    before = [table.detach().clone() for table in model.tables]
+    scores = trained(model, train).score(USERS)
+    assert all((table - old).abs().max() > 1e-3 for table, old in zip(model.tables, before, strict=True))
+    folder = model.save_pretrained(tmp_path / "model")
+    for given in (catalog, catalog.shuffled("text", seed=1)):
+        assert torch.equal(Recommender.from_pretrained(folder, catalog=given).score(USERS), scores)
+    with pytest.raises(DataError, match="has trained its items' features"):
+        model.with_catalog(catalog)

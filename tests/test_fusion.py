@@ -117,6 +117,42 @@ def test_sum_and_max_are_of_the_present(case):
             assert weights[b].sum() == pytest.approx(1)
 
 
+def test_attention_is_its_formula(case):
+    _, vectors, present = case
+    torch.manual_seed(2)
+    module = fusion.Attentive(D, M).double()
+    torch.nn.init.normal_(module.kind)
+    fused, weights = module(vectors, present)
+    w, bias, a = module.linear.weight, module.linear.bias, module.score.weight[0]
+    for b in range(B):
+        raw = [
+            torch.exp(a @ torch.tanh(w @ vectors[b, m] + bias + module.kind[m]))
+            if present[b, m]
+            else vectors.new_zeros(())
+            for m in range(M)
+        ]
+        total = sum(raw) if present[b].any() else 1.0
+        torch.testing.assert_close(weights[b], torch.stack([r / total for r in raw]))
+        torch.testing.assert_close(fused[b], sum(r / total * v for r, v in zip(raw, vectors[b], strict=True)))
+
+
+def test_concat_is_its_formula(case):
+    _, vectors, present = case
+    torch.manual_seed(2)
+    module = fusion.Concat(D, M).double()
+    fused, weights = module(vectors, present)
+    w, bias = module.linear.weight, module.linear.bias
+    for b in range(B):
+        expected = torch.zeros(D).double()
+        if present[b].any():
+            expected = bias
+            for m in range(M):
+                if present[b, m]:
+                    expected = expected + w[:, m * D : (m + 1) * D] @ vectors[b, m] + w[:, M * D + m]
+        torch.testing.assert_close(fused[b], expected)
+        torch.testing.assert_close(weights[b], present[b] / present[b].sum().clamp(min=1))
+
+
 def test_experts_are_their_formula_and_the_others_get_no_gradient(case):
     _, vectors, present = case
     torch.manual_seed(2)

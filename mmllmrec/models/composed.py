@@ -5,6 +5,7 @@ Legend: B batch, K negatives, U users, I items, N = U + I nodes, M modalities, C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -61,17 +62,14 @@ class Residual(nn.Module):
 
 
 class Beside(nn.Module):
-    """An encoder, and beside its output items' input smoothed over a graph of alike items, or users' output over one of
-    companions."""
+    """An encoder, and beside its output users' smoothed over a graph of companions."""
 
-    def __init__(self, inner: nn.Module, graph: Propagation, *, of_items: bool):
+    def __init__(self, inner: nn.Module, graph: Propagation):
         super().__init__()
-        self.inner, self.graph, self.of_items = inner, graph, of_items
+        self.inner, self.graph = inner, graph
 
     def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
         out_users, out_items = self.inner(users, items, through=through)
-        if self.of_items:
-            return out_users, out_items + self.graph(items)
         return out_users + self.graph(out_users), out_items
 
 
@@ -108,8 +106,9 @@ class Filtered(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """``kind`` is one of ``ENCODERS``; ``layers`` of propagation; ``neighbours`` of an item or a user in its graph, or
-    the number of hyperedges."""
+    """``kind`` is one of ``ENCODERS``; ``layers`` of propagation, which all but "mf" have; ``neighbours`` of an item or
+    a user in its graph, or the number of hyperedges, for "item graph", "user graph" and "hypergraph" alone. "item
+    graph" is LightGCN, with items as they came smoothed over the model's ``item_graph`` beside its output."""
 
     kind: str = "lightgcn"
     layers: int = 2
@@ -120,8 +119,14 @@ class Encoder:
         """Whether events are edges that a view can drop."""
         return self.kind not in ("mf", "residual")
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What does something, of ``layers`` and ``neighbours``."""
+        near = ("neighbours",) if self.kind in ("item graph", "user graph", "hypergraph") else ()
+        return near if self.kind == "mf" else ("layers", *near)
+
     def build(self, model: Composed) -> nn.Module:
-        """The module, for a model with its features read."""
+        """The module of a model."""
         train, dim = model.train_data, model.dim
         if self.kind == "mf":
             return Plain()
@@ -132,10 +137,8 @@ class Encoder:
         if self.kind == "spectral":
             return Filtered(train, dim, self.layers)
         light = LightGraph(train, layers=self.layers)
-        if self.kind == "item graph":
-            return Beside(light, model.alike(self.neighbours), of_items=True)
         if self.kind == "user graph":
-            return Beside(light, Propagation(companions(train, k=self.neighbours)), of_items=False)
+            return Beside(light, Propagation(companions(train, k=self.neighbours)))
         return light
 
 
@@ -171,11 +174,14 @@ class Composed(MultimodalModel):
     ``Composed(train, catalog=catalog, encoder=Encoder("item graph"), fusion=Fusion("late", "attentive"), loss="bpr",
     extras={"modalities": 0.1})``. A channel is the ID (``ids=True``) or a modality, through a linear map without bias;
     ``ENCODERS``, ``fusion.FUSIONS``, ``LOSSES`` and ``EXTRAS`` name the parts, which other models use as well. Under
-    late fusion a user has a vector a channel, and their mean meets the fused item. An absent channel has no part in a
-    fusion, but where its encoder makes one of neighbours. ``reg`` is of the pairwise and pointwise losses; alignment
-    comes with half of the uniformity of users and of items. Raises ``DataError`` where parts have no meaning together:
-    one channel and nothing to fuse with late timing, the heuristic without IDs, views of a graph that the encoder does
-    not have, ``extras`` of modalities with fewer than two, and two extras that would make the same views.
+    late fusion a user has a vector a channel, and their mean meets the fused item; with "mf", which changes nothing
+    before the fusion, that is the same function as early. An absent channel has no part in a fusion, but where its
+    encoder makes one of neighbours. ``item_graph``: of the items alike in the features at hand, all modalities
+    counting alike, also in ``with_catalog``. ``reg`` is of the pairwise and pointwise losses; alignment comes with half
+    of the uniformity of users and of items. Raises ``DataError`` where parts have no meaning together: one channel and
+    nothing to fuse with late timing, an option that the encoder has no use for, the heuristic without IDs, views of a
+    graph that the encoder does not have, ``extras`` of modalities with fewer than two, and two extras that would make
+    the same views.
     """
 
     losses: ClassVar[tuple[str, ...]] = LOSSES
@@ -245,13 +251,15 @@ class Composed(MultimodalModel):
         encoder, fusion = self.parts
         return f"{encoder.kind}, {fusion.timing} {fusion.method}, {self.loss_name}"
 
-    def alike(self, k: int) -> Propagation:
-        """The frozen graph of alike items, every modality counting alike."""
-        each = [
-            item_graph(self.features.tables[m], self.features.presence[:, c], k=k)
-            for c, m in enumerate(self.modalities)
-        ]
-        return Propagation(mixed(each, self.features.presence, np.full(len(each), 1 / len(each))))
+    def _use(self, features: FeatureTable) -> None:
+        super()._use(features)
+        encoder = Encoder(**self.config["encoder"])
+        if encoder.kind == "item graph":
+            each = [
+                item_graph(features.tables[m], features.presence[:, c], k=encoder.neighbours)
+                for c, m in enumerate(features.modalities)
+            ]
+            self.item_graph = Propagation(mixed(each, features.presence, np.full(len(each), 1 / len(each))))
 
     def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
         for name, keep in (("edges", keep_edges), ("nodes", keep_nodes)):
@@ -274,14 +282,20 @@ class Composed(MultimodalModel):
         late = self.parts[1].timing == "late"
         users = [table * self.known[:, None] for table in self.tables_of_users]
         if not late:
-            out_users, out_items = self.encoders[0](users[0], self._fused(rows, present), through=through)
+            out_users, out_items = self._encoded(0, users[0], self._fused(rows, present), through)
             return Encoded(out_users, out_items, {"channels": rows, "present": present})
-        each = [e(u, rows[:, c], through=through) for c, (e, u) in enumerate(zip(self.encoders, users, strict=True))]
+        each = [self._encoded(c, own, rows[:, c], through) for c, own in enumerate(users)]
         out = torch.stack([i for _, i in each], dim=1)
         # an encoder may give a channel to an item that lacks it, by its neighbours
         here = present | (out.detach() != 0).any(dim=-1)
         mean = torch.stack([u for u, _ in each]).mean(dim=0)
         return Encoded(mean, self._fused(out, here), {"channels": out, "present": here})
+
+    def _encoded(self, c: int, users: Tensor, items: Tensor, through: Propagation | None) -> tuple[Tensor, Tensor]:
+        out_users, out_items = self.encoders[c](users, items, through=through)
+        if self.parts[0].kind == "item graph":
+            out_items = out_items + self.item_graph(items)
+        return out_users, out_items
 
     def _fused(self, rows: Tensor, present: Tensor) -> Tensor:
         extra = {"counts": self.counts} if self.parts[1].method == "heuristic" else {}
@@ -289,6 +303,9 @@ class Composed(MultimodalModel):
         return fused
 
     # -- losses -------------------------------------------------------------------------------------------------------
+
+    def log_candidates(self, batch: Batch) -> float:
+        return math.log(self.n_items) if self.loss_name == "full softmax" else super().log_candidates(batch)
 
     def ranking(self, batch: Batch, vectors: Callable[..., tuple[Tensor, ...]]) -> dict[str, Tensor]:
         name = self.loss_name
@@ -375,6 +392,10 @@ def _check(
     ):
         if value not in known:
             raise DataError(f"{what} {value!r}: one of {list(known)}")
+    for option in ("layers", "neighbours"):
+        given = getattr(encoder, option)
+        if option not in encoder.options and given != getattr(Encoder, option):
+            raise DataError(f"{option}={given}: the encoder {encoder.kind!r} has no use for it; leave it out")
     if len(channels) < 2 and fusion.timing == "late":
         raise DataError(f"late fusion of {channels} alone: there is nothing to fuse; use timing='early', or ids=True")
     if fusion.method == "heuristic" and "ID" not in channels:
