@@ -232,6 +232,11 @@ class LearnedModel(MultimodalModel):
         if not resumed:
             self.learned.choose(self)
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved: not the neighbours of a training epoch, which no score reads, and of which another catalogue
+        may have fewer."""
+        return {k: v for k, v in super().weights().items() if not k.startswith("learned.near")}
+
 
 class PrunedGraph(EncodedModel):
     """A model that trains on a sample of the training events, drawn anew every epoch, and is used on all of them.
