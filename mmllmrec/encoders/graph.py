@@ -40,7 +40,8 @@ class CSR(NamedTuple):
         """(M, D) -> (N, D) in the values' dtype, also where autocast is on (a backward may run inside it).
 
         On a CPU it is a bag of embeddings: of 237 thousand entries and 64 columns 1.5 ms on one thread, where the
-        product of PyTorch's CSR tensor takes 4.1 and of its COO tensor 11.8.
+        product of PyTorch's CSR tensor takes 4.1 and of its COO tensor 11.8. Forward and backward, in one run, PyG's
+        ``LGConv`` takes 2 to 5 times as long over the CSR tensor and 20 to 30 times over an edge index.
         """
         x = x.detach().to(self.values.dtype)
         if x.is_cuda or len(self.columns) * x.shape[1] < BAG:
