@@ -61,8 +61,15 @@ def test_the_best_trial_can_be_kept_and_is_the_fit_of_its_settings(split, tmp_pa
     mm.seed_everything(0)
     again = mm.fit(build(split), split, **tuned.settings, progress=False)
     assert torch.equal(again.model.users.weight, model.users.weight)
-    cut = quick(split, settings={**FIT, "epochs": 500}, minutes=0.005, folder=tmp_path / "cut", keep_best=True)
-    assert cut.table["ended"].iloc[0] == "out of time" and cut.kept is None  # it did not run its course
+    # one that time cut off goes on to where it would have ended
+    cut = quick(split, settings={**FIT, "epochs": 60}, minutes=0.0001, folder=tmp_path / "cut", keep_best=True)
+    assert cut.table["ended"].iloc[0] == "out of time" and len(cut.table) == 1
+    models = [build(split), build(split)]
+    for folder, model in zip((cut.kept, None), models, strict=True):
+        mm.seed_everything(0)
+        model.load_state_dict(build(split).state_dict())
+        mm.fit(model, split, **cut.settings, folder=folder, on_epoch=epochs.append, progress=False)
+    assert torch.equal(models[0].users.weight, models[1].users.weight) and 60 < len(epochs) < 120
 
 
 def test_one_seed_one_search(split):

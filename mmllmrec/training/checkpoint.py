@@ -123,6 +123,17 @@ def resumed(
     return load(folder, model=model)
 
 
+def reopen(folder: Path) -> None:
+    """Let a run that was ended from outside (``fit(on_epoch=)``) go on when it is fitted again, to where it would have
+    ended by itself."""
+    state = peek(folder)
+    if state is not None:
+        patience = state["settings"]["patience"]
+        state["stopped"] = patience is not None and state["bad"] >= patience
+        path = folder / NAME / "state.json"
+        write_atomically(path, lambda beside: beside.write_text(json.dumps(state), encoding="utf-8"))
+
+
 def peek(folder: Path) -> dict[str, Any] | None:
     """The plain values of a checkpoint, or None where there is none."""
     path = folder / NAME / "state.json"

@@ -22,6 +22,7 @@ from mmllmrec.data.splits import Split
 from mmllmrec.models.base import Recommender
 from mmllmrec.runcard import RunCard, content_hash, drop_torn_line
 from mmllmrec.seed import generator, seed_everything, stream
+from mmllmrec.training import checkpoint
 from mmllmrec.training.fit import DivergedError, fit
 
 JOURNAL = "journal.jsonl"
@@ -48,7 +49,7 @@ class OtherSearchError(DataError):
 class Tuned:
     """What ``tune`` found. ``best``: the best trial's values by name, as in ``space``; ``score``: its validation value;
     ``table``: a row a trial (values, score, seconds, epochs, state); ``card``: all of it, for the record; ``kept``: the
-    folder of the best trial's fit, where it was kept and ran its course."""
+    folder of the best trial's fit, where it was kept."""
 
     best: dict[str, Any]
     score: float
@@ -105,7 +106,8 @@ def tune(
     which the minutes run out ends after its epoch and counts with what it reached. With ``folder`` each step is written
     down (JSON lines); a search that was cut off goes on, the trial that was running from its last epoch, and ends as it
     would have; one that was complete is read again. With ``keep_best`` the best trial's fit stays there (``kept``):
-    ``fit`` with its settings, seed and that folder reads it, where it would train the same model once more.
+    ``fit`` with its settings, seed and that folder reads it, where it would train the same model once more, and trains
+    it to its end where the search had cut it off.
 
     Raises ``DataError`` for an empty space, a name that neither ``build`` nor ``fit`` knows, a start outside its range,
     a ``folder`` of another search, a search in several processes, and when no trial could be trained.
@@ -221,6 +223,8 @@ def tune(
         for old in place.glob("trial-*") if place is not None else ():
             if not (keep_best and leader is not None and old.name == f"trial-{leader.number}"):
                 shutil.rmtree(old, ignore_errors=True)  # a finished trial's weights are of no more use
+            elif leader.user_attrs["ended"]:
+                checkpoint.reopen(old)
         bar.update()
         bar.set_postfix({monitor: f"{leader.user_attrs['score'] if leader else math.nan:.4f}"})
     bar.close()
@@ -271,7 +275,7 @@ def _told(
     )
     if place is not None:
         card.save(place / "card.json")
-    kept = None if place is None or best["ended"] else place / f"trial-{best['trial']}"
+    kept = None if place is None else place / f"trial-{best['trial']}"
     kept = kept if kept is not None and kept.is_dir() else None
     return Tuned({k: best[k] for k in ranges}, best["score"], pd.DataFrame(rows), card, kept)
 
