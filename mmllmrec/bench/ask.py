@@ -77,11 +77,11 @@ def ask(
 
     The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
     those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
-    one split is fitted once, and the best trial of a search goes on as the fit of seed 0 on its split. What was done is read:
-    trials, fits and seeds' reports. ``quick`` bounds the epochs.
-    New items get as much room as leaves known ones the validation ndcg@20 of ``REFERENCE`` on that split, or
-    1 - ``COLD_COST`` of the row's own where that is lower: one rule for all rows that rank new items (``fit``).
-    Raises ``DataError`` for fewer than one seed, and for a folder that holds the results of other settings or data.
+    one split is fitted once, and the best trial of a search goes on as the fit of seed 0 on its split. What was done is
+    read: trials, fits and seeds' reports. ``quick`` bounds the epochs. New items get as much room as leaves known ones
+    the validation ndcg@20 of ``REFERENCE`` on that split, or 1 - ``COLD_COST`` of the row's own where that is lower:
+    one rule for all rows that rank new items (``fit``). Raises ``DataError`` for fewer than one seed, and for a folder
+    that holds the results of other settings or data.
     """
     if seeds < 1:
         raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
