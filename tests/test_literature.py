@@ -9,10 +9,12 @@ import pytest
 from mmllmrec import bench
 from mmllmrec.bench import literature as module
 from mmllmrec.bench.ablations import OFF
+from mmllmrec.bench.rows import REFERENCE
 from mmllmrec.bench.run import Progress, Summary, command_of
 from mmllmrec.data.atelier import atelier
 from mmllmrec.data.interactions import DataError
 from mmllmrec.runcard import RunCard
+from mmllmrec.training import tune as tuning
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,29 @@ def test_every_system_of_the_literature_is_surveyed(world, tmp_path):
     assert card.settings["budget"]["trials"] == 1 and "FREEDOM" in card.settings["tuned"]
     again = bench.survey(**asked, folder=tmp_path / "answer", kind="cold_items")
     assert again.frame.equals(answer.frame)
+
+
+def test_settings_of_an_earlier_survey_are_fitted_without_a_search(world, tmp_path, monkeypatch):
+    asked = {"data": world, "minutes": None, "quick": 1, "systems": ("ItemKNN", "FREEDOM")}
+    first = bench.survey(**asked, seeds=1, trials=3, tuned=tmp_path / "tuned", folder=tmp_path / "first")
+    card = tmp_path / "first" / "card.json"
+    searched, real = [], tuning.tune
+
+    def watched(*args, **options):
+        searched.append(Path(options["folder"]).name)
+        return real(*args, **options)
+
+    def scores(settings):
+        return {k: v for k, v in settings["by seed"]["0"].items() if " | cost | " not in k}
+
+    monkeypatch.setattr(tuning, "tune", watched)
+    more = bench.survey(**asked, seeds=2, trials=3, tuned=tmp_path / "other", folder=tmp_path / "more", settings=card)
+    assert searched == [REFERENCE.search]  # which is in no table here
+    before, after = (RunCard.load(a.path).settings for a in (first, more))
+    assert after["tuned"] == before["tuned"] and after["trials run"]["FREEDOM"] == 3
+    assert scores(after) == scores(before)
+    with pytest.raises(DataError, match="were chosen for something else"):
+        bench.survey(**asked, seeds=1, tuned=tmp_path / "other", kind="cold_items", settings=card)
 
 
 def test_every_system_trains_without_its_own_idea(world, tmp_path):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mmllmrec.bench.answer import COST, Answer, Claim, Layout, judge, plain
 from mmllmrec.bench.rows import COLD_COST, REFERENCE, Row, Setup
 from mmllmrec.bench.run import METRICS, Entry, Progress, card_of, command_of, frame_of, over, run_seed
@@ -19,7 +21,7 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.data.splits import Split
 from mmllmrec.evaluation.calibration import known_score
 from mmllmrec.evaluation.report import HARMONIC
-from mmllmrec.runcard import content_hash, write_json
+from mmllmrec.runcard import RunCard, content_hash, write_json
 from mmllmrec.seed import seed_everything
 
 VALID = "validation ndcg@20"
@@ -70,6 +72,7 @@ def ask(
     seeds: int,
     budget: Budget,
     folder: str | os.PathLike[str],
+    settings: str | os.PathLike[str] | None = None,
     quick: int | None = None,
 ) -> Answer:
     """Search each row's settings on validation (of ``cold_items`` with seed 0, unless a question says otherwise), then
@@ -80,8 +83,9 @@ def ask(
     one split is fitted once, and the best trial of a search goes on as the fit of seed 0 on its split. What was done is
     read: trials, fits and seeds' reports. ``quick`` bounds the epochs. New items get as much room as leaves known ones
     the validation ndcg@20 of ``REFERENCE`` on that split, or 1 - ``COLD_COST`` of the row's own where that is lower:
-    one rule for all rows that rank new items (``fit``). Raises ``DataError`` for fewer than one seed, and for a folder
-    that holds the results of other settings or data.
+    one rule for all rows that rank new items (``fit``). ``settings``, the card of an earlier answer on the same data
+    and split, stands in for the searches of the rows that it has. Raises ``DataError`` for fewer than one seed, for a
+    card of other data, and for a folder that holds the results of other settings or data.
     """
     if seeds < 1:
         raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
@@ -89,6 +93,8 @@ def ask(
     searched = {r.search for r in (REFERENCE, *rows) if r.space}
     bar = Progress(question.name, len(searched) + seeds * len(rows))
     fits = _Fits(rows, asked.data, budget)
+    if settings is not None:
+        fits.tuned |= _of_card(settings, question, asked.data)
     _search(fits, question.search(asked.data), question.searches, quick, bar)
     tuned = fits.tuned
     told = {"data": asked.name or asked.data.name, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
@@ -148,7 +154,7 @@ def ask(
     title += f" (Unified: {asked.preset}, {asked.trainer.replace('_', ' ')})" if question.shows_unified else ""
     answer = Answer(title, frame, verdicts, [], question.layout, place / "card.json")
     answer.notes = question.notes(answer)
-    settings = {
+    told_in_card = {
         "tuned": {r.name: {"search": r.search, **tuned[r.search].best} for r in rows},
         "validation": {name: found.score for name, found in tuned.items()},
         "budget": {"trials": budget.trials, "minutes": budget.minutes, "folder": str(budget.folder)},
@@ -158,7 +164,7 @@ def ask(
         "told": answer.told(),
         **question.about,
     }
-    card_of(question.name, cards, frame, **settings).save_with(str(answer), place)
+    card_of(question.name, cards, frame, **told_in_card).save_with(str(answer), place)
     return answer
 
 
@@ -216,6 +222,26 @@ class _Fits:
         return found
 
 
+def _of_card(path: str | os.PathLike[str], question: Question, data: RecDataset) -> dict[str, Any]:
+    """What searches found, by their names, as the card of an earlier answer tells it."""
+    from mmllmrec.training.tune import Tuned
+
+    card, split = RunCard.load(path), question.search(data)
+    if (card.data, card.split.get("name")) != (data.name, split.name) or "tuned" not in card.settings:
+        about = f"{split.name} of {data.name}"
+        raise DataError(f"{path} is no answer on {about}: its settings were chosen for something else")
+    told, found = card.settings, {}
+    for row in question.rows:
+        chosen = {k: v for k, v in told["tuned"].get(row.name, {}).items() if k != "search"}
+        if row.space and chosen:
+            if set(chosen) != set(row.space):
+                raise DataError(f"{path}: {row.name} has settings {sorted(chosen)}, and wants {sorted(row.space)}")
+            about = {k: told[k][row.search] for k in ("trials run", "minutes run")}
+            one = RunCard(kind="tune", name=row.name, data=data.name, settings={"fit": row.settings, **about})
+            found[row.search] = Tuned(chosen, told["validation"][row.search], pd.DataFrame(), one)
+    return found
+
+
 def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Progress) -> None:
     """Make every search of the rows on a split, into ``fits.tuned``; ``folder`` is one of their own, or empty."""
     from mmllmrec.training.tune import OtherSearchError, tune
@@ -225,6 +251,7 @@ def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Prog
     place = place if split.name == "cold_items" else place / split.name
     made: dict[str, Any] = {}
     room: dict[str, Any] = {}
+    known = set(fits.tuned)  # told by a card
 
     def fitted(name: str) -> Any:
         if name not in made:
@@ -234,6 +261,11 @@ def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Prog
     for row in fits.by_name.values():
         if not row.space:
             continue
+        if row.search in known:
+            bar.skip(1)
+            continue
+        if row.search != REFERENCE.search:
+            room = room or fits.room(split, 0)
         bar.begin(f"tune {row.search}")
         first = {name: fitted(name) for name in row.after}
         option, values = row.choices or ("", ())
@@ -270,7 +302,6 @@ def _search(fits: _Fits, split: Split, folder: str, quick: int | None, bar: Prog
         if found.kept is not None and not there.exists():
             there.parent.mkdir(parents=True, exist_ok=True)
             found.kept.replace(there)  # the fit of seed 0, which would be the best trial's once more
-        room = room or fits.room(split, 0)
         bar.end(f"{found.score:.4f} on validation in {found.card.settings['trials run']} trials")
 
 

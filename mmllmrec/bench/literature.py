@@ -84,6 +84,7 @@ def survey(
     minutes: float | None = 12.0,
     folder: str | os.PathLike[str] = "runs/survey",
     tuned: str | os.PathLike[str] = "runs/tuned",
+    settings: str | os.PathLike[str] | None = None,
     quick: int | None = None,
 ) -> Answer:
     """Systems of the literature on one dataset, split by ``kind``, each with its published setting and ``trials`` - 1
@@ -94,8 +95,9 @@ def survey(
     Settings are searched on the validation part of seed 0's split; where a split is drawn at random, other seeds test
     on some of its events. ``systems``: all of ``SYSTEMS``, on MovieLens ``TEN`` of them, unless named. They read the
     features the catalogue brings, or training-free descriptors of its content, whitened to ``WIDTH`` columns a modality
-    on train items. A survey that was cut off goes on. Raises ``DataError`` for a system or a split that is not known
-    here.
+    on train items. ``settings``: the card of an earlier survey on this split, whose settings are fitted, on more seeds
+    say, without searching again. A survey that was cut off goes on. Raises ``DataError`` for a system or a split that
+    is not known here.
     """
     asked = setup(data, path)
     named = tuple(systems) if systems is not None else TEN if asked.data.name.startswith("movielens") else SYSTEMS
@@ -135,7 +137,8 @@ def survey(
         searches="survey",
         shows_unified=False,
     )
-    return ask(question, asked, seeds=seeds, budget=Budget(trials, minutes, Path(tuned)), folder=folder, quick=quick)
+    budget = Budget(trials, minutes, Path(tuned))
+    return ask(question, asked, seeds=seeds, budget=budget, folder=folder, settings=settings, quick=quick)
 
 
 def published_row(name: str, asked: Setup) -> Row:

@@ -209,6 +209,9 @@ def bench_survey(
     minutes: Minutes = 12.0,
     folder: Folder = Path("runs/survey"),
     tuned: Searches = Path("runs/tuned"),
+    settings: Annotated[
+        Path | None, typer.Option(exists=True, help="card.json of an earlier survey: its settings, without searching")
+    ] = None,
 ) -> None:
     """The literature's systems under one protocol and one budget, beside the floors. Takes hours; goes on where it was.
 
@@ -217,7 +220,7 @@ def bench_survey(
     from mmllmrec import bench
 
     asked: dict[str, Any] = {"data": data, "path": path, "kind": kind, "systems": systems, "seeds": seeds}
-    print(bench.survey(**asked, trials=trials, minutes=minutes, folder=folder, tuned=tuned))
+    print(bench.survey(**asked, trials=trials, minutes=minutes, folder=folder, tuned=tuned, settings=settings))
 
 
 QUESTIONS = {
