@@ -100,6 +100,7 @@ def test_its_commands_parse(command, monkeypatch, tmp_path):
     from mmllmrec.training.speed import SYSTEMS as TIMED
 
     monkeypatch.chdir(tmp_path)
+    Path("notebooks").symlink_to(ROOT / "notebooks")
     for file in ("FILE", "peer.csv"):
         Path(file).touch()
     words = shlex.split(command)

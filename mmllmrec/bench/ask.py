@@ -228,8 +228,8 @@ def _of_card(path: str | os.PathLike[str], question: Question, data: RecDataset)
 
     card, split = RunCard.load(path), question.search(data)
     if (card.data, card.split.get("name")) != (data.name, split.name) or "tuned" not in card.settings:
-        about = f"{split.name} of {data.name}"
-        raise DataError(f"{path} is no answer on {about}: its settings were chosen for something else")
+        what = f"{split.name} of {data.name}"
+        raise DataError(f"{path} is no answer on {what}: its settings were chosen for something else")
     told, found = card.settings, {}
     for row in question.rows:
         chosen = {k: v for k, v in told["tuned"].get(row.name, {}).items() if k != "search"}
