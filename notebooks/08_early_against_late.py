@@ -99,13 +99,13 @@ combined = {one.name: recovery(one.run.model, data, items=new)["recovery"]["inte
 pd.Series(combined).round(3).to_frame("recovery of the combination")
 
 # %% [markdown]
-# **What it means.** Timing matters less than method, but it matters. For sums and means it is within 4%: a linear graph
-# of a sum is the sum of the graphs. (Late, `sum` and `mean` are the same model under this softmax of cosines, to the last
-# digit.) On known items late is ahead for `max` (39%), `experts` (29%), `concat` (20%) and
-# `gate` (13%); on new items early is ahead for `heuristic` and `max`, late for `experts` and `concat`. One seed.
-# Weights an item at a time (`gate`, `attentive`) cost on both. And no timing or method finds the combination, because
-# nothing before or after the graph multiplies a picture by its words. What does, a network that reads both, is in
-# `05_fusion`; there early and late keep what the other loses.
+# **What it means.** Timing matters less than method, but it matters. For sums and means it is within 4%: a linear
+# graph of a sum is the sum of the graphs. (Late, `sum` and `mean` are the same model under this softmax of cosines,
+# to the last digit.) On known items late is ahead for `max` (39%), `experts` (29%), `concat` (20%) and `gate` (13%);
+# on new items early is ahead for `heuristic` and `max`, late for `experts` and `concat`. One seed. Weights an item at
+# a time (`gate`, `attentive`) cost on both. And no timing or method finds the combination, because nothing before or
+# after the graph multiplies a picture by its words. What does, a network that reads both, is in `05_fusion`; there
+# early and late keep what the other loses.
 
 # %%
 if not SMOKE:
