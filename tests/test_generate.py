@@ -13,7 +13,8 @@ from mmllmrec.data.interactions import DataError
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt, load_prompt
 from mmllmrec.features.towers import load_causal
-from mmllmrec.language.generate import Generator, _allowed, _Grammar, identity, spelling
+from mmllmrec.language.generate import Generator, identity
+from mmllmrec.language.schema import Grammar, allowed, spelling
 from mmllmrec.shipped import shipped
 from mmllmrec.training.causal import answer_loss
 from tests.towers import random_causal
@@ -100,12 +101,12 @@ def test_what_rows_share_is_read_once_before_writing_too(nano, monkeypatch, outp
 def test_what_a_model_should_learn_to_write_is_what_it_is_held_to(nano):
     prompt = load_prompt("item_profile")
     text = '{"attributes":["walnut","made by hand"],"audience":"for weddings","summary":"a walnut vase"}'
-    matcher = _Grammar(nano, prompt.output).start()
+    matcher = Grammar(nano, prompt.output).start()
     for token in [*spelling(nano.tokenizer)(text), nano.tokenizer.eos_token_id]:
-        assert _allowed(matcher)[token]
+        assert allowed(matcher)[token]
         matcher.consume_token(token)
     plain = nano.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert not _allowed(_Grammar(nano, prompt.output).start())[plain[0]]  # it begins with a space
+    assert not allowed(Grammar(nano, prompt.output).start())[plain[0]]  # it begins with a space
     assert spelling(nano.tokenizer)(" yes") == nano.tokenizer(" yes", add_special_tokens=False)["input_ids"]
 
 

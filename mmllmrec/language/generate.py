@@ -10,16 +10,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -30,6 +28,7 @@ from mmllmrec.data.sampling import packed, sharing
 from mmllmrec.features import adapters
 from mmllmrec.features.prompts import Prompt
 from mmllmrec.features.towers import load_causal, logits_at, sees_all, still, weights_hash
+from mmllmrec.language.schema import Grammar, Held
 from mmllmrec.runcard import content_hash, drop_torn_line
 from mmllmrec.seed import generator as numbers
 from mmllmrec.shipped import shipped
@@ -37,12 +36,9 @@ from mmllmrec.shipped import shipped
 SHIPPED = {"nano": "adapters/nano-base/language", "nano-writer": "adapters/nano-writer"}
 TOKENS = 8192  # of a batch on a CPU, those to be written among them
 MORE = 8  # times as many elsewhere
-CLOSING = 4096  # steps in which an answer that was cut must come to an end
 CONTEXT = 1024  # of ``nano``: its rotary positions have no end, and its instruction adapters were trained this far
-LETTERS = b"abcdefghijklmnopqrstuvwxyz0123456789@.:/-"  # what a pattern that is not yet met is tried with first
 ANSWER = ("text", "tokens_in", "tokens_out", "cut", "seconds")  # what is kept of one
 HISTORY = "history"  # the field of a prompt whose first entries are the oldest
-CLOSERS = (b'"', b"]", b"}")  # what ends a string, a list, an object, in the order in which it is tried
 
 
 @dataclass(frozen=True)
@@ -188,7 +184,7 @@ class Generator:
         asked = self._asked(prompt, rows, max_tokens, shorten=shorten)
         keys = [content_hash(self.hash, ids, settings) for ids in asked]
         kept = _Kept(folder, content_hash(self.hash, prompt.hash, settings), ANSWER)
-        grammar = None if prompt.output is None else _Grammar(self, prompt.output)
+        grammar = None if prompt.output is None else Grammar(self, prompt.output)
         left = {key: ids for key, ids in zip(keys, asked, strict=True) if key not in kept.found}
         names, distinct = list(left), list(left.values())
         bar = self._bar(prompt, keys, left, unit="answer", progress=progress)
@@ -442,14 +438,14 @@ class Generator:
         group: Sequence[tuple[int, list[int]]],
         rows: Sequence[list[int]],
         max_tokens: int,
-        grammar: _Grammar | None,
+        grammar: Grammar | None,
         drawn: _Drawn | None,
     ) -> list[dict[str, Any]]:
         """Answers of a batch, as they are kept."""
         past, begun, shared = self._opened(group, rows)
         ids, mask = self._padded([rows[n][size:] for size, some in group for n in some])
         ids, mask = torch.cat([begun, ids], dim=1), torch.cat([shared, mask], dim=1)
-        held = None if grammar is None else _Held(grammar, *ids.shape)
+        held = None if grammar is None else Held(grammar, *ids.shape)
         ends, pad = self.ends, self.tokenizer.pad_token_id
         asked = GenerationConfig(
             max_new_tokens=max_tokens,
@@ -492,90 +488,6 @@ def identity(model: Any, tokenizer: Any) -> str:
     return content_hash(*parts, json.dumps(words), getattr(tokenizer, "chat_template", None) or "", str(ends))
 
 
-class _Grammar:
-    """A JSON schema as what may come next, for one tokenizer."""
-
-    def __init__(self, writer: Generator, schema: Mapping[str, Any]):
-        from llguidance import LLMatcher, LLTokenizer
-
-        backend, ends = getattr(writer.tokenizer, "backend_tokenizer", None), writer.ends
-        if backend is None:
-            raise DataError(f"{writer.name}: only a fast tokenizer can be held to a schema")
-        width = writer.model.get_output_embeddings().weight.shape[0]
-        about = _literal(json.loads(backend.to_str()))
-        tokens = LLTokenizer(json.dumps(about), n_vocab=width, eos_token=ends)
-        grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_flexible": False})
-        self.first = LLMatcher(tokens, grammar)
-        if self.first.is_error():
-            raise DataError(f"this output schema cannot be held: {self.first.get_error()}")
-        self.closers = [tokens.tokenize_bytes(c)[0] for c in CLOSERS]
-        spelled = {b: tokens.tokenize_bytes(bytes([b])) for b in range(32, 127)}
-        self.printable = [t[0] for t in spelled.values() if len(t) == 1]
-        self.letters, self.ends = [spelled[b][0] for b in LETTERS if len(spelled[b]) == 1], set(ends)
-
-    def start(self) -> Any:
-        """A matcher for one answer."""
-        return self.first.deep_copy()
-
-    def finished(self, tokens: list[int]) -> tuple[list[int], bool]:
-        """An answer's tokens to a whole value, and whether it had to be closed: what must follow, a closing mark where
-        one may, else a letter, drawn (a pattern may want one that no order of trying comes to)."""
-        matcher, tokens, rng = self.start(), list(tokens), numbers(0, "closing")
-        matcher.consume_tokens(tokens)
-        cut = not matcher.is_accepting()
-        for _ in range(CLOSING):
-            if matcher.is_accepting():
-                return tokens, cut
-            following = matcher.compute_ff_tokens()
-            if not following:
-                allowed = _allowed(matcher)
-                closing = [t for t in self.closers if allowed[t]]
-                # a quotation mark ends a string; brackets and braces may be letters of one
-                closes = closing and (closing[0] == self.closers[0] or rng.random() < 0.5)
-                common, others = ([t for t in some if allowed[t]] for some in (self.letters, self.printable))
-                drawn = common if common and rng.random() < 0.5 else others or np.flatnonzero(allowed).tolist()
-                following = [closing[0] if closes else int(rng.choice(drawn))]
-            if not matcher.consume_tokens(following):
-                raise DataError(f"this output schema cannot be closed: {matcher.get_error()}")
-            tokens += [t for t in following if t not in self.ends]
-        raise DataError(
-            f"this output schema was not closed in {CLOSING} steps: give more max_tokens, or a simpler pattern"
-        )
-
-
-def spelling(tokenizer: Any) -> Callable[[str], list[int]]:
-    """How a text is spelled where it is held to a schema, letter by letter: no space is put before it. What a model is
-    to write there it should have learned like this."""
-    literal = Tokenizer.from_str(json.dumps(_literal(json.loads(tokenizer.backend_tokenizer.to_str()))))
-    return lambda text: list(literal.encode(text, add_special_tokens=False).ids)
-
-
-def _literal(about: Any) -> Any:
-    """A tokenizer's description without what changes a text on its way in: a forced ``{`` is to be that, and not a
-    space and it."""
-    if isinstance(about, list):
-        return [_literal(one) for one in about if not (isinstance(one, dict) and one.get("type") == "Lowercase")]
-    if isinstance(about, dict):
-        dropped = {"add_prefix_space": False, "padding": None, "truncation": None}
-        return {k: dropped[k] if k in dropped else _literal(v) for k, v in about.items()}
-    return about
-
-
-class _Held:
-    """A logits processor that keeps each row of a batch to its grammar."""
-
-    def __init__(self, grammar: _Grammar, rows: int, start: int):
-        self.matchers, self.start = [grammar.start() for _ in range(rows)], start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > self.start:
-            for matcher, token in zip(self.matchers, input_ids[:, -1].tolist(), strict=True):
-                if not matcher.is_stopped():
-                    matcher.consume_token(token)
-        allowed = torch.from_numpy(np.stack([_allowed(m)[: scores.shape[1]] for m in self.matchers]))
-        return scores.masked_fill(~allowed.to(scores.device), -math.inf)
-
-
 class _Drawn:
     """A logits processor that draws each row's next token by numbers of the row's own, and leaves no other open."""
 
@@ -591,11 +503,6 @@ class _Drawn:
         point = torch.tensor([[rng.random()] for rng in self.numbers], dtype=torch.float64, device=mass.device)
         token = torch.searchsorted(mass, point * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
-
-
-def _allowed(matcher: Any) -> np.ndarray:
-    """Which tokens may come next, (V,) bool; V rounded up to a whole byte."""
-    return np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little").astype(bool)
 
 
 class _Kept:

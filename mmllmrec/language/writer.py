@@ -24,9 +24,9 @@ import numpy as np
 
 from mmllmrec.data.atelier import atelier
 from mmllmrec.features.prompts import load_prompt, prompts
-from mmllmrec.language.generate import spelling
 from mmllmrec.language.profiles import LAST, Overlap, counted, histories, line, told, weigh
 from mmllmrec.language.rerank import LABELS, NOBODY
+from mmllmrec.language.schema import spelling
 from mmllmrec.runcard import RunCard, write_atomically
 from mmllmrec.seed import generator, seed_everything
 from mmllmrec.training.causal import Row, fit_causal
