@@ -93,12 +93,13 @@ def ask(
     searched = {r.search for r in (REFERENCE, *rows) if r.space}
     bar = Progress(question.name, len(searched) + seeds * len(rows))
     fits = _Fits(rows, asked.data, budget)
+    searching = question.search(asked.data)
     if settings is not None:
-        fits.tuned |= _of_card(settings, question, asked.data)
-    _search(fits, question.search(asked.data), question.searches, quick, bar)
+        fits.tuned |= _of_card(settings, rows, searching)
+    _search(fits, searching, question.searches, quick, bar)
     tuned = fits.tuned
     told = {"data": asked.name or asked.data.name, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
-    command = command_of(question.name, **told, **question.options, vision=asked.vision)
+    command = command_of(question.name, **told, **question.options, settings=settings, vision=asked.vision)
 
     def one(seed: int) -> Any:
         split = question.split(asked.data, seed)
@@ -222,22 +223,22 @@ class _Fits:
         return found
 
 
-def _of_card(path: str | os.PathLike[str], question: Question, data: RecDataset) -> dict[str, Any]:
-    """What searches found, by their names, as the card of an earlier answer tells it."""
+def _of_card(path: str | os.PathLike[str], rows: Sequence[Row], split: Split) -> dict[str, Any]:
+    """What searches of rows on a split found, by their names, as the card of an earlier answer tells it."""
     from mmllmrec.training.tune import Tuned
 
-    card, split = RunCard.load(path), question.search(data)
-    if (card.data, card.split.get("name")) != (data.name, split.name) or "tuned" not in card.settings:
-        what = f"{split.name} of {data.name}"
+    card, data = RunCard.load(path), split.data.name
+    if (card.data, card.split.get("name")) != (data, split.name) or "tuned" not in card.settings:
+        what = f"{split.name} of {data}"
         raise DataError(f"{path} is no answer on {what}: its settings were chosen for something else")
     told, found = card.settings, {}
-    for row in question.rows:
+    for row in rows:
         chosen = {k: v for k, v in told["tuned"].get(row.name, {}).items() if k != "search"}
         if row.space and chosen:
             if set(chosen) != set(row.space):
                 raise DataError(f"{path}: {row.name} has settings {sorted(chosen)}, and wants {sorted(row.space)}")
             about = {k: told[k][row.search] for k in ("trials run", "minutes run")}
-            one = RunCard(kind="tune", name=row.name, data=data.name, settings={"fit": row.settings, **about})
+            one = RunCard(kind="tune", name=row.name, data=data, settings={"fit": row.settings, **about})
             found[row.search] = Tuned(chosen, told["validation"][row.search], pd.DataFrame(), one)
     return found
 

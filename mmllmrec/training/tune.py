@@ -223,8 +223,6 @@ def tune(
         for old in place.glob("trial-*") if place is not None else ():
             if not (keep_best and leader is not None and old.name == f"trial-{leader.number}"):
                 shutil.rmtree(old, ignore_errors=True)  # a finished trial's weights are of no more use
-            elif leader.user_attrs["ended"]:
-                checkpoint.reopen(old)
         bar.update()
         bar.set_postfix({monitor: f"{leader.user_attrs['score'] if leader else math.nan:.4f}"})
     bar.close()
@@ -233,7 +231,8 @@ def tune(
 
 def _leader(study: Any) -> Any:
     """The finished trial of the best score, the first of equals; None where none has a score."""
-    scored = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("score") is not None]
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    scored = [t for t in finished if t.user_attrs.get("score") is not None]
     return max(scored, key=lambda t: t.user_attrs["score"], default=None)
 
 
@@ -277,6 +276,8 @@ def _told(
         card.save(place / "card.json")
     kept = None if place is None else place / f"trial-{best['trial']}"
     kept = kept if kept is not None and kept.is_dir() else None
+    if kept is not None and best["ended"]:  # here and not after the trial: a search can be cut off in between
+        checkpoint.reopen(kept)
     return Tuned({k: best[k] for k in ranges}, best["score"], pd.DataFrame(rows), card, kept)
 
 
