@@ -21,6 +21,14 @@ def groups(users: int = 61, items: int = 97, kinds: int = 3, share: float = 0.4)
     return splits.random_per_user(data, seed=0)
 
 
+def few(users: int, items: int, *, new: int = 1) -> Interactions:
+    """31 events; the last user and the last ``new`` items have none."""
+    known = items - new
+    cells = np.random.default_rng(0).choice((users - 1) * known, size=31, replace=False)
+    ids = IdMap([f"u{u}" for u in range(users)], what="user id"), IdMap([f"i{i}" for i in range(items)], what="item id")
+    return Interactions(cells // known, cells % known, None, *ids)
+
+
 class Table:
     """A scorer that is its own table of scores, (U, I)."""
 

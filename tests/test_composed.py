@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import mmllmrec as mm
-from mmllmrec.data.interactions import DataError, IdMap, Interactions
+from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import epoch
 from mmllmrec.encoders.views import keep_edges, keep_nodes
 from mmllmrec.features.table import FeatureTable
@@ -16,6 +16,7 @@ from mmllmrec.fusion import FUSIONS
 from mmllmrec.models import composed
 from mmllmrec.models.base import Recommender
 from mmllmrec.models.composed import ENCODERS, EXTRAS, LOSSES, TIMINGS, Composed, Encoder, Fusion
+from tests.planted import few
 
 U, N, D = 7, 11, 5
 
@@ -141,9 +142,7 @@ def test_late_fusion_of_one_channel_is_refused(shop):
 @pytest.fixture(scope="module")
 def train() -> Interactions:
     """The last user and the last item have no event."""
-    cells = np.random.default_rng(0).choice((U - 1) * (N - 1), size=31, replace=False)
-    ids = IdMap([f"u{u}" for u in range(U)], what="user id"), IdMap([f"i{i}" for i in range(N)], what="item id")
-    return Interactions(cells // (N - 1), cells % (N - 1), None, *ids)
+    return few(U, N)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from mmllmrec import models
-from mmllmrec.data.interactions import IdMap, Interactions
+from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import epoch
 from mmllmrec.features.table import FeatureTable
+from tests.planted import few
 
 U, V, D = 7, 11, 5
 N = U + V
@@ -25,9 +26,7 @@ WIDE = {"dtype": torch.float64}
 @pytest.fixture(scope="module")
 def train() -> Interactions:
     """Seven users and eleven items; the last user and the last two items have no event."""
-    cells = np.random.default_rng(0).choice((U - 1) * (V - 2), size=31, replace=False)
-    ids = IdMap([f"u{u}" for u in range(U)], what="user id"), IdMap([f"i{i}" for i in range(V)], what="item id")
-    return Interactions(cells // (V - 2), cells % (V - 2), None, *ids)
+    return few(U, V, new=2)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.diffmm import schedule
 from mmllmrec.models.pgl import principal
 from mmllmrec.seed import seed_everything
+from tests.planted import few
 
 U, N, D = 7, 11, 5
 
@@ -23,9 +24,7 @@ U, N, D = 7, 11, 5
 @pytest.fixture(scope="module")
 def train() -> Interactions:
     """Seven users and eleven items; the last user and the last item have no event."""
-    cells = np.random.default_rng(0).choice((U - 1) * (N - 1), size=31, replace=False)
-    ids = IdMap([f"u{u}" for u in range(U)], what="user id"), IdMap([f"i{i}" for i in range(N)], what="item id")
-    return Interactions(cells // (N - 1), cells % (N - 1), None, *ids)
+    return few(U, N)
 
 
 @pytest.fixture(scope="module")

@@ -213,24 +213,26 @@ class Profiles:
     ) -> Catalog:
         """The catalogue with the items' profiles as one more modality ``name``, encoded: texts -> (N, D). An item
         without a profile lacks it. Any model of the zoo reads it, as it reads every modality."""
-        here = np.array([bool(t) for t in self.items])
-        if not here.any():
-            raise DataError("no item has a profile: there is nothing to encode")
-        rows = np.asarray(encode([t for t in self.items if t]), dtype=np.float32)
-        table = np.zeros((len(self.items), rows.shape[1]), dtype=np.float32)
-        table[here] = rows
+        table, here = _encoded(self.items, encode, "item")
         return catalog.with_features(name, table, absent=~here)
 
     def of_users(self, encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
         """The users' profiles encoded, texts -> (N, P), as ``models.LLMRec`` takes them: (U, P) float32, zero where
         nothing was written."""
-        here = np.array([bool(t) for t in self.users])
-        if not here.any():
-            raise DataError("no user has a profile: there is nothing to encode")
-        rows = np.asarray(encode([t for t in self.users if t]), dtype=np.float32)
-        table = np.zeros((len(self.users), rows.shape[1]), dtype=np.float32)
-        table[here] = rows
-        return table
+        return _encoded(self.users, encode, "user")[0]
+
+
+def _encoded(
+    texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], whose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts (N,) as rows (N, D) float32, zero where one is empty, and which are not: (N,) bool."""
+    here = np.array([bool(t) for t in texts])
+    if not here.any():
+        raise DataError(f"no {whose} has a profile: there is nothing to encode")
+    rows = np.asarray(encode([t for t in texts if t]), dtype=np.float32)
+    table = np.zeros((len(texts), rows.shape[1]), dtype=np.float32)
+    table[here] = rows
+    return table, here
 
 
 def template(train: Interactions, catalog: Catalog, *, seen: Sequence[str] | None = None, phrases: int = 6) -> Profiles:
