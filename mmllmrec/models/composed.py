@@ -21,7 +21,7 @@ from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import LightGraph, Propagation, mean_adjacency, normalised_adjacency
 from mmllmrec.encoders.heads import unit
-from mmllmrec.encoders.item_graph import companions, item_graph, mixed
+from mmllmrec.encoders.item_graph import companions
 from mmllmrec.encoders.views import keep_edges, keep_nodes, noised
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import FUSIONS
@@ -207,6 +207,7 @@ class Composed(MultimodalModel):
     ):
         encoder = encoder if isinstance(encoder, Encoder) else Encoder(**encoder)
         fusion = fusion if isinstance(fusion, Fusion) else Fusion(**fusion)
+        self.graphs = "mixed" if encoder.kind == "item graph" else ""
         super().__init__(
             train,
             catalog=catalog,
@@ -251,15 +252,9 @@ class Composed(MultimodalModel):
         encoder, fusion = self.parts
         return f"{encoder.kind}, {fusion.timing} {fusion.method}, {self.loss_name}"
 
-    def _use(self, features: FeatureTable) -> None:
-        super()._use(features)
-        encoder = Encoder(**self.config["encoder"])
-        if encoder.kind == "item graph":
-            each = [
-                item_graph(features.tables[m], features.presence[:, c], k=encoder.neighbours)
-                for c, m in enumerate(features.modalities)
-            ]
-            self.item_graph = Propagation(mixed(each, features.presence, np.full(len(each), 1 / len(each))))
+    @property
+    def item_neighbours(self) -> int:
+        return Encoder(**self.config["encoder"]).neighbours
 
     def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
         for name, keep in (("edges", keep_edges), ("nodes", keep_nodes)):

@@ -62,11 +62,16 @@ class MultimodalModel(EncodedModel, ContentModel):
                 nn.init.xavier_uniform_(table.weight)
         self.graph = LightGraph(train, layers=layers)
 
+    @property
+    def item_neighbours(self) -> int:
+        """Of an item in the item graphs."""
+        return int(self.config["neighbours"])
+
     def _use(self, features: FeatureTable) -> None:
         super()._use(features)
         if not self.graphs:
             return
-        k = int(self.config["neighbours"])
+        k = self.item_neighbours
         each = [
             item_graph(features.tables[m], features.presence[:, column], k=k, weighted=self.weighted)
             for column, m in enumerate(features.modalities)
