@@ -209,6 +209,30 @@ def test_the_residual_encoder_is_its_formula(train):
     assert (x[U - 1] == 0).all() and (x[U + 2] != 0).all() and (x[U + N - 1] != 0).all()
 
 
+def test_the_routed_encoder_weighs_events_by_what_routing_makes_of_them(train):
+    module, (users, items), taken = composed.Routed(train, 2), nodes(), train.csr.toarray() > 0
+    users, items = users.requires_grad_(), items.requires_grad_()
+    p, f = F.normalize(users), F.normalize(items)
+
+    def affinity(u, near):  # of a user's items
+        return torch.softmax(f[near] @ p[u], 0)
+
+    for _ in range(3):
+        drawn = [p[u] + affinity(u, taken[u]) @ f[taken[u]] for u in range(U)]
+        p = F.normalize(torch.stack(drawn))
+    a = torch.zeros(U + N, U + N)
+    for u in range(U):
+        a[u, U + np.flatnonzero(taken[u])] = affinity(u, taken[u])
+    for i in range(N):
+        near = np.flatnonzero(taken[:, i])
+        a[U + i, near] = torch.softmax(p[near] @ f[i], 0)
+    x = torch.cat([users, items])
+    expected, value = x + a @ x + a @ a @ x, torch.cat(module(users, items))
+    torch.testing.assert_close(value, expected)
+    mine, theirs = (torch.autograd.grad(y.square().sum(), [users, items]) for y in (value, expected))
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_the_hypergraph_encoder_is_its_formula(train):
     module, (users, items) = composed.Hypergraph(train, D, 3, 2), nodes()
     out_users, out_items = light(dense(train)[0], users, items)
@@ -266,6 +290,35 @@ def test_alike_items_stand_beside_light_gcn(train, features, timing):
     each = [light(a, own, items) for own, items in zip(users, starts, strict=True)]
     out = sum(i for _, i in each) + near @ sum(starts)
     same(torch.cat(model()), torch.cat([sum(u for u, _ in each) / len(each), out]), model)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_learned_graphs_are_mixed_by_weights_over_what_an_item_has(train, features, timing):
+    model = made(train, features, encoder=Encoder("learned item graph", neighbours=3), fusion=Fusion(timing, "sum"))
+    model.mixture.data = torch.tensor([0.5, -1.0, 2.0])
+    (a, _), (rows, present) = dense(train), model.channels()
+    rows, users = rows * present[..., None], [table * model.known[:, None] for table in model.tables_of_users]
+    starts = rows.unbind(1) if timing == "late" else [rows.sum(1)]
+    each = [light(a, own, items) for own, items in zip(users, starts, strict=True)]
+    here = torch.from_numpy(features.presence.copy())
+    odds = model.mixture.exp() * here
+    shares = odds / odds.sum(1, keepdim=True).clamp(min=1e-12)
+    views = model.learned(model, [sum(starts)] * 3)
+    near = sum(shares[:, m, None] * view for m, view in enumerate(views))
+    out = sum(i for _, i in each) + near
+    same(torch.cat(model()), torch.cat([sum(u for u, _ in each) / len(each), out]), model)
+    assert (near[2] == 0).all() and (near[4] != 0).any()
+
+
+def test_a_learned_graph_is_chosen_once_an_epoch(train, features):
+    model = made(train, features, encoder=Encoder("learned item graph", neighbours=3))
+    before = model.learned.near0.clone()
+    for layer in model.learned.maps:
+        torch.nn.init.normal_(layer.weight)
+    model.begin_epoch(np.random.default_rng(0), resumed=True)
+    assert torch.equal(model.learned.near0, before)
+    model.begin_epoch(np.random.default_rng(0))
+    assert not torch.equal(model.learned.near0, before) and not any("near" in k for k in model.weights())
 
 
 @pytest.mark.parametrize("timing", TIMINGS)

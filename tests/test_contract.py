@@ -173,6 +173,9 @@ MODELS: dict[str, Callable[[Interactions, Catalog], Recommender]] = {
         dim=5,
         feature_dim=3,
     ),
+    "Composed, learned item graph": lambda train, catalog: models.Composed(
+        train, catalog=catalog, encoder=Encoder("learned item graph", neighbours=3), dim=5, feature_dim=3
+    ),
     "DVBPR": lambda train, catalog: models.DVBPR(train, catalog=catalog, dim=5, size=32, width=4),
     "DVBPR, softmax": lambda train, catalog: models.DVBPR(
         train, catalog=catalog, dim=5, size=32, width=4, loss="softmax"

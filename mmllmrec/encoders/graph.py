@@ -293,3 +293,14 @@ class Edges(nn.Module):
             value = torch.exp(logits - top.index_select(0, ends))
             found.append(value / torch.zeros_like(top).index_add(0, ends, value).index_select(0, ends))
         return found[0], found[1]
+
+    def routed(self, users: Tensor, items: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Users drawn to those of their items that they are nearest to, and how much each event then weighs.
+
+        ``rounds`` times p <- unit(p + sum over the user's items i of a_ui f_i), a the softmax over them of p . f_i (Wei
+        et al. 2020, GRCN, arXiv 2111.02036): (U, D) and (I, D), rows at unit length or zero, -> p (U, D), and the
+        softmax of p . f over each user's events and over each item's, (E,) and (E,).
+        """
+        for _ in range(rounds):
+            users = F.normalize(users + self.to_users(self.softmax(self.dots(users, items))[0], items), dim=-1)
+        return users, *self.softmax(self.dots(users, items))

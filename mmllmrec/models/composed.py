@@ -19,14 +19,14 @@ from mmllmrec import losses as loss_functions
 from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
-from mmllmrec.encoders.graph import LightGraph, Propagation, mean_adjacency, normalised_adjacency
+from mmllmrec.encoders.graph import Edges, LightGraph, Propagation, mean_adjacency, normalised_adjacency
 from mmllmrec.encoders.heads import unit
 from mmllmrec.encoders.item_graph import companions
 from mmllmrec.encoders.views import keep_edges, keep_nodes, noised
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import FUSIONS
 from mmllmrec.models.graphs import Encoded
-from mmllmrec.models.multimodal import MultimodalModel
+from mmllmrec.models.multimodal import ChoosingModel, LearnedGraph
 
 # -- encoders: what a dataclass says, and the module it makes ----------------------------------------------------------
 
@@ -104,11 +104,34 @@ class Filtered(nn.Module):
         return self.light(users, self.filter(torch.fft.rfft(items.float(), norm="ortho")), through=through)  # type: ignore[no-any-return]
 
 
+class Routed(nn.Module):
+    """GRCN's refined graph (``Edges.routed``): users and items over events that weigh what content makes of them, the
+    layers added up. GRCN's confidences, which choose among modalities, are not here."""
+
+    def __init__(self, train: Interactions, layers: int):
+        super().__init__()
+        self.edges, self.layers = Edges(train), layers
+
+    def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
+        _, of_users, of_items = self.edges.routed(unit(users), unit(items), ROUNDS)
+        out_users, out_items = users, items
+        for _ in range(self.layers):
+            users, items = self.edges.to_users(of_users, items), self.edges.to_items(of_items, users)
+            out_users, out_items = out_users + users, out_items + items
+        return out_users, out_items
+
+
+ROUNDS = 3  # of routing, as GRCN has
+KEEP = 0.9  # the frozen graph's share beside the learned one, as LATTICE has
+ALIKE = ("item graph", "learned item graph")  # LightGCN, and items as they came smoothed over a graph of alike ones
+
+
 @dataclass(frozen=True)
 class Encoder:
     """``kind`` is one of ``ENCODERS``; ``layers`` of propagation, which all but "mf" have; ``neighbours`` of an item or
-    a user in its graph, or the number of hyperedges, for "item graph", "user graph" and "hypergraph" alone. "item
-    graph" is LightGCN, with items as they came smoothed over the model's ``item_graph`` beside its output."""
+    a user in its graph, or the number of hyperedges, for the two item graphs, "user graph" and "hypergraph" alone. The
+    item graphs are LightGCN, and beside its output items as they came, smoothed over the model's frozen ``item_graph``
+    (FREEDOM's), or over ``learned`` ones, mixed by learned weights (LATTICE's)."""
 
     kind: str = "lightgcn"
     layers: int = 2
@@ -117,12 +140,12 @@ class Encoder:
     @property
     def graph(self) -> bool:
         """Whether events are edges that a view can drop."""
-        return self.kind not in ("mf", "residual")
+        return self.kind not in ("mf", "residual", "routed")
 
     @property
     def options(self) -> tuple[str, ...]:
         """What does something, of ``layers`` and ``neighbours``."""
-        near = ("neighbours",) if self.kind in ("item graph", "user graph", "hypergraph") else ()
+        near = ("neighbours",) if self.kind in (*ALIKE, "user graph", "hypergraph") else ()
         return near if self.kind == "mf" else ("layers", *near)
 
     def build(self, model: Composed) -> nn.Module:
@@ -132,6 +155,8 @@ class Encoder:
             return Plain()
         if self.kind == "residual":
             return Residual(train, dim, self.layers)
+        if self.kind == "routed":
+            return Routed(train, self.layers)
         if self.kind == "hypergraph":
             return Hypergraph(train, dim, self.neighbours, self.layers)
         if self.kind == "spectral":
@@ -142,7 +167,7 @@ class Encoder:
         return light
 
 
-ENCODERS = ("mf", "lightgcn", "residual", "item graph", "user graph", "hypergraph", "spectral")
+ENCODERS = ("mf", "lightgcn", "residual", "routed", *ALIKE, "user graph", "hypergraph", "spectral")
 
 
 @dataclass(frozen=True)
@@ -168,7 +193,7 @@ EXTRAS = {
 }
 
 
-class Composed(MultimodalModel):
+class Composed(ChoosingModel):
     """Encoder x fusion (timing x method) x loss, with any of the self-supervised ``extras``.
 
     ``Composed(train, catalog=catalog, encoder=Encoder("item graph"), fusion=Fusion("late", "attentive"), loss="bpr",
@@ -177,11 +202,11 @@ class Composed(MultimodalModel):
     late fusion a user has a vector a channel, and their mean meets the fused item; with "mf", which changes nothing
     before the fusion, that is the same function as early. An absent channel has no part in a fusion, but where its
     encoder makes one of neighbours. ``item_graph``: of the items alike in the features at hand, all modalities
-    counting alike, also in ``with_catalog``. ``reg`` is of the pairwise and pointwise losses; alignment comes with half
-    of the uniformity of users and of items. Raises ``DataError`` where parts have no meaning together: one channel and
-    nothing to fuse with late timing, an option that the encoder has no use for, the heuristic without IDs, views of a
-    graph that the encoder does not have, ``extras`` of modalities with fewer than two, and two extras that would make
-    the same views.
+    counting alike, also in ``with_catalog``, as the learned ones are. ``reg`` is of the pairwise and pointwise losses;
+    alignment comes with half of the uniformity of users and of items. Raises ``DataError`` where parts have no meaning
+    together: one channel and nothing to fuse with late timing, an option that the encoder has no use for, the heuristic
+    without IDs, views of a graph that the encoder does not have, ``extras`` of modalities with fewer than two, and two
+    extras that would make the same views.
     """
 
     losses: ClassVar[tuple[str, ...]] = LOSSES
@@ -207,7 +232,8 @@ class Composed(MultimodalModel):
     ):
         encoder = encoder if isinstance(encoder, Encoder) else Encoder(**encoder)
         fusion = fusion if isinstance(fusion, Fusion) else Fusion(**fusion)
-        self.graphs = "mixed" if encoder.kind == "item graph" else ""
+        self.graphs = {"item graph": "mixed", "learned item graph": "modal"}.get(encoder.kind, "")
+        self.weighted = encoder.kind == "learned item graph"
         super().__init__(
             train,
             catalog=catalog,
@@ -244,6 +270,10 @@ class Composed(MultimodalModel):
         self.encoders = nn.ModuleList(encoder.build(self) for _ in range(tables))
         if {"masking", "bootstrap"} & self.extras.keys():
             self.predictor = nn.Linear(dim, dim)
+        self.learned = None
+        if encoder.kind == "learned item graph":
+            self.learned = LearnedGraph(self, dim=dim, neighbours=encoder.neighbours, keep=KEEP)
+            self.mixture = nn.Parameter(torch.zeros(len(self.modalities)))
         self.register_buffer("counts", torch.from_numpy(train.item_counts.astype(np.float32)), persistent=False)
         self.views: list[Propagation] = []
 
@@ -257,6 +287,7 @@ class Composed(MultimodalModel):
         return Encoder(**self.config["encoder"]).neighbours
 
     def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        super().begin_epoch(rng, resumed=resumed)
         for name, keep in (("edges", keep_edges), ("nodes", keep_nodes)):
             if name in self.extras:
                 kept = [keep(self.train_data, 1 - self.dropout, rng=rng) for _ in range(2)]
@@ -276,21 +307,24 @@ class Composed(MultimodalModel):
         rows, present = self.channels()
         late = self.parts[1].timing == "late"
         users = [table * self.known[:, None] for table in self.tables_of_users]
+        starts = rows.unbind(dim=1) if late else [self._fused(rows, present)]
+        each = [f(u, i, through=through) for f, u, i in zip(self.encoders, users, starts, strict=True)]
+        if self.parts[0].kind in ALIKE:
+            alike = self._alike(torch.cat(list(starts), dim=1)).split(self.dim, dim=1)
+            each = [(u, i + near) for (u, i), near in zip(each, alike, strict=True)]
         if not late:
-            out_users, out_items = self._encoded(0, users[0], self._fused(rows, present), through)
-            return Encoded(out_users, out_items, {"channels": rows, "present": present})
-        each = [self._encoded(c, own, rows[:, c], through) for c, own in enumerate(users)]
+            return Encoded(each[0][0], each[0][1], {"channels": rows, "present": present})
         out = torch.stack([i for _, i in each], dim=1)
         # an encoder may give a channel to an item that lacks it, by its neighbours
         here = present | (out.detach() != 0).any(dim=-1)
         mean = torch.stack([u for u, _ in each]).mean(dim=0)
         return Encoded(mean, self._fused(out, here), {"channels": out, "present": here})
 
-    def _encoded(self, c: int, users: Tensor, items: Tensor, through: Propagation | None) -> tuple[Tensor, Tensor]:
-        out_users, out_items = self.encoders[c](users, items, through=through)
-        if self.parts[0].kind == "item graph":
-            out_items = out_items + self.item_graph(items)
-        return out_users, out_items
+    def _alike(self, items: Tensor) -> Tensor:
+        if self.learned is not None:
+            return self.learned.mixed(self, items, self.mixture)
+        smoothed: Tensor = self.item_graph(items)
+        return smoothed
 
     def _fused(self, rows: Tensor, present: Tensor) -> Tensor:
         extra = {"counts": self.counts} if self.parts[1].method == "heuristic" else {}

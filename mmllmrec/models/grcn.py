@@ -67,9 +67,7 @@ class GRCN(MultimodalModel):
         for m, layer, preference in zip(self.modalities, self.maps, self.preferences, strict=True):
             f = unit(F.leaky_relu(layer(self.rows(m)))) * self.present(m)[:, None]
             p = unit(preference) * self.known[:, None]
-            for _ in range(self.routing):
-                p = unit(p + edges.to_users(edges.softmax(edges.dots(p, f))[0], f))
-            of_users, of_items = edges.softmax(edges.dots(p, f))
+            p, of_users, of_items = edges.routed(p, f, self.routing)
             contents.append(torch.cat([p + edges.to_users(of_users, f), f + edges.to_items(of_items, p)]))
             to_users.append(of_users)
             to_items.append(of_items)

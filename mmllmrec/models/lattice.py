@@ -12,7 +12,6 @@ from mmllmrec.data.catalog import Catalog
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.encoders.heads import unit
 from mmllmrec.features.table import FeatureTable
-from mmllmrec.fusion import masked_softmax
 from mmllmrec.models.base import arguments
 from mmllmrec.models.graphs import Encoded
 from mmllmrec.models.multimodal import LearnedModel
@@ -50,10 +49,8 @@ class LATTICE(LearnedModel):
 
     def encode(self) -> Encoded:
         users, items = self.ids()
-        weights = masked_softmax(self.mixture.expand(self.n_items, -1), self.all_present())
         layer = items if self.item_layers else torch.zeros_like(items)
         for _ in range(self.item_layers):
-            views = self.learned(self, [layer] * len(self.modalities))
-            layer = (weights[..., None] * torch.stack(views, dim=1)).sum(dim=1)
+            layer = self.learned.mixed(self, layer, self.mixture)
         out_users, out_items = self.graph(users, items)
         return Encoded(out_users, out_items + unit(layer))

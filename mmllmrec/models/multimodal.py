@@ -22,6 +22,7 @@ from mmllmrec.encoders.graph import LightGraph, Propagation, normalised_adjacenc
 from mmllmrec.encoders.item_graph import cosines, item_graph, mixed, nearest, weighted_sum
 from mmllmrec.encoders.views import keep_edges, noised
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.fusion import masked_softmax
 from mmllmrec.losses import l2, mean_squares
 from mmllmrec.models.content import ContentModel
 from mmllmrec.models.graphs import Encoded, EncodedModel
@@ -218,11 +219,33 @@ class LearnedGraph(nn.Module):
             found.append(self.keep * frozen(x) + (1 - self.keep) * learned)
         return found
 
+    def mixed(self, model: MultimodalModel, x: Tensor, mixture: Tensor) -> Tensor:
+        """x (I, D) over every modality's graph, mixed by the softmax of ``mixture`` (M,) over what each item has."""
+        weights = masked_softmax(mixture.expand(len(x), -1), model.all_present())
+        return (weights[..., None] * torch.stack(self(model, [x] * mixture.numel()), dim=1)).sum(dim=1)
 
-class LearnedModel(MultimodalModel):
-    """A ``MultimodalModel`` with a ``LearnedGraph`` beside its frozen ones: LATTICE and MICRO. Neighbours are chosen
-    once an epoch; BPR's penalty is ``losses.l2`` of the batch's final vectors."""
 
+class ChoosingModel(MultimodalModel):
+    """A ``MultimodalModel`` that can have a ``LearnedGraph``, ``learned``, whose neighbours are chosen once an
+    epoch."""
+
+    learned: LearnedGraph | None
+
+    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
+        if self.learned is not None and not resumed:
+            self.learned.choose(self)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved: not the neighbours of a training epoch, which no score reads, and of which another catalogue
+        may have fewer."""
+        return {k: v for k, v in super().weights().items() if not k.startswith("learned.near")}
+
+
+class LearnedModel(ChoosingModel):
+    """LATTICE and MICRO: a ``LearnedGraph`` beside the frozen ones; BPR's penalty is ``losses.l2`` of the batch's final
+    vectors."""
+
+    learned: LearnedGraph
     penalty: ClassVar[Callable[..., Tensor]] = staticmethod(l2)
     graphs = "modal"
     weighted = True
@@ -232,15 +255,6 @@ class LearnedModel(MultimodalModel):
         super().__init__(train, **shape, **config)  # type: ignore[arg-type]
         self.item_layers = item_layers
         self.learned = LearnedGraph(self, dim=dim, neighbours=neighbours, keep=keep)
-
-    def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
-        if not resumed:
-            self.learned.choose(self)
-
-    def weights(self) -> dict[str, Tensor]:
-        """What is saved: not the neighbours of a training epoch, which no score reads, and of which another catalogue
-        may have fewer."""
-        return {k: v for k, v in super().weights().items() if not k.startswith("learned.near")}
 
 
 class PrunedGraph(EncodedModel):
