@@ -92,6 +92,7 @@ def parse(words):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_its_commands_parse(command, monkeypatch, tmp_path):
     from mmllmrec.bench.ablations import OFF
+    from mmllmrec.bench.language import LINES as WRITTEN
     from mmllmrec.bench.literature import SYSTEMS as SURVEYED
     from mmllmrec.bench.parity import SYSTEMS as PUBLISHED
     from mmllmrec.bench.rows import DATA
@@ -108,7 +109,8 @@ def test_its_commands_parse(command, monkeypatch, tmp_path):
     for option, values in (("data", DATA), ("kind", SPLITS), ("launcher", ("", *LAUNCHERS))):
         assert option not in asked or asked[option] in values
     if asked.get("systems"):
-        rows = {"survey": SURVEYED, "ablations": OFF, "parity": PUBLISHED, "train": TIMED}[words[1]]
+        known = {"survey": SURVEYED, "ablations": OFF, "parity": PUBLISHED, "train": TIMED, "language": WRITTEN}
+        rows = known[words[1]]
         for name in asked["systems"]:
             assert name in rows or (rows is TIMED and set(rows_of(name, rows)) <= set(rows))
 
