@@ -294,6 +294,17 @@ class Edges(nn.Module):
             found.append(value / torch.zeros_like(top).index_add(0, ends, value).index_select(0, ends))
         return found[0], found[1]
 
+    def layers_sum(
+        self, of_users: Tensor, of_items: Tensor, users: Tensor, items: Tensor, layers: int
+    ) -> tuple[Tensor, Tensor]:
+        """Users (U, D) and items (I, D) propagated ``layers`` times, the start and all layers added up; each event
+        weighs ``of_users`` (E,) on its way to a user and ``of_items`` (E,) to an item."""
+        total_users, total_items = users, items
+        for _ in range(layers):
+            users, items = self.to_users(of_users, items), self.to_items(of_items, users)
+            total_users, total_items = total_users + users, total_items + items
+        return total_users, total_items
+
     def routed(self, users: Tensor, items: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
         """Users drawn to those of their items that they are nearest to, and how much each event then weighs.
 

@@ -114,11 +114,7 @@ class Routed(nn.Module):
 
     def forward(self, users: Tensor, items: Tensor, *, through: Propagation | None = None) -> tuple[Tensor, Tensor]:
         _, of_users, of_items = self.edges.routed(unit(users), unit(items), ROUNDS)
-        out_users, out_items = users, items
-        for _ in range(self.layers):
-            users, items = self.edges.to_users(of_users, items), self.edges.to_items(of_items, users)
-            out_users, out_items = out_users + users, out_items + items
-        return out_users, out_items
+        return self.edges.layers_sum(of_users, of_items, users, items, self.layers)
 
 
 ROUNDS = 3  # of routing, as GRCN has

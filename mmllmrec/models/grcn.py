@@ -77,11 +77,8 @@ class GRCN(MultimodalModel):
         if self.prune_edges:
             inward, outward = inward.relu(), outward.relu()
         own_users, own_items = (unit(x) for x in self.ids())
-        total_users, total_items = own_users, own_items
-        for _ in range(self.layers):
-            own_users, own_items = edges.to_users(inward, own_items), edges.to_items(outward, own_users)
-            total_users, total_items = total_users + own_users, total_items + own_items
-        whole = torch.cat([torch.cat([total_users, total_items]), *contents], dim=1)
+        ids = edges.layers_sum(inward, outward, own_users, own_items, self.layers)
+        whole = torch.cat([torch.cat(ids), *contents], dim=1)
         users, items = whole.split([self.n_users, self.n_items])
         return Encoded(users, items)
 
