@@ -84,6 +84,28 @@ def test_sampled_softmax_is_its_formula():
     same(loss, naive, users, items, log_q)
 
 
+def test_sampled_softmax_by_distinct_users_is_a_row_an_event():
+    users, items, log_q, target, _ = softmax_case()
+    rows = torch.tensor([2, 0, 2, 1, 0, 2, 2, 1])[torch.arange(B) % 8]
+    mask = torch.zeros(B, C, dtype=torch.bool)
+    for r in rows.unique():
+        mask[r, target[rows == r]] = True  # a user's positives, as a batch's mask names them
+    mask[0, next(c for c in range(C) if not mask[0, c])] = True
+    whole = losses.sampled_softmax(users[rows], items, target, log_q=log_q, mask=mask[rows], temperature=0.3)
+    given = {"log_q": log_q, "rows": rows, "temperature": 0.3}
+    short = losses.sampled_softmax(users, items, target, mask=mask, **given)
+    same(short, whole, users, items, log_q)
+    mask[rows, target] = False  # they are masked for each other without being named
+    assert torch.equal(losses.sampled_softmax(users, items, target, mask=mask, **given), short)
+
+
+def test_a_user_whose_candidates_are_all_masked_costs_nothing():
+    users, items, _, target, _ = softmax_case()
+    everything, rows = torch.ones(B, C, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
+    loss = losses.sampled_softmax(users, items, target, mask=everything, rows=rows)
+    assert loss.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (users, items)))
+
+
 def test_a_masked_candidate_has_exactly_no_gradient_and_no_influence():
     users, items, log_q, target, _ = softmax_case()
     gone = next(c for c in range(C) if c not in target)

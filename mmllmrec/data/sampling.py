@@ -73,33 +73,38 @@ class Batch:
 
 @dataclass
 class InBatch:
-    """What an in-batch softmax chooses among: items (C,) distinct, target (B,) places in them, mask (B, C) bool of what
-    is no negative, log_q (C,) the correction, None where the candidates are a uniform sample."""
+    """What an in-batch softmax chooses among: users (R,), items (C,) distinct, target (B,) places in them, mask (R, C)
+    bool of what is no negative, log_q (C,) the correction, None where the candidates are a uniform sample, and rows
+    (B,), the places of the events' users; None where each has its own (R = B)."""
 
+    users: torch.Tensor
     items: torch.Tensor
     target: torch.Tensor
     mask: torch.Tensor
     log_q: torch.Tensor | None
+    rows: torch.Tensor | None
 
 
-def in_batch(train: Interactions, batch: Batch, *, same: torch.Tensor | None = None) -> InBatch:
+def in_batch(train: Interactions, batch: Batch, *, same: torch.Tensor | None = None, distinct: bool = False) -> InBatch:
     """The candidates of a batch: its distinct items, each event's own among them.
 
     Masked are the user's other training positives and, with ``same`` (I,) int64 (equal numbers: items that cannot be
     told apart), copies of the positive. ``log_q`` is that of a batch of events (``log_inclusion``); a block of items
-    needs none.
+    needs none. ``distinct`` has a row a user, not one an event, unless there is ``same``: copies are an event's own.
     """
-    items, whole = batch.pool, batch.whole
+    items, whole, users, rows = batch.pool, batch.whole, batch.users, None
+    if distinct and same is None:
+        users, rows = batch.users.unique(return_inverse=True)
     target = torch.searchsorted(items, batch.items)
     where = items.cpu().numpy()
-    mask = torch.from_numpy(train.csr[batch.users.cpu().numpy()][:, where].toarray() > 0).to(items.device)
+    mask = torch.from_numpy(train.csr[users.cpu().numpy()][:, where].toarray() > 0).to(items.device)
     if same is not None:
         alike = same.to(items.device)[items]
         mask |= alike[target][:, None] == alike[None]
     log_q = None
     if not batch.by_item:
         log_q = torch.from_numpy(log_inclusion(train.item_counts, whole.shape[1])[where]).to(items.device)
-    return InBatch(items, target, mask, log_q)
+    return InBatch(users, items, target, mask, log_q, rows)
 
 
 def sample_negatives(

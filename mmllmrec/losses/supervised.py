@@ -105,8 +105,7 @@ def softmax(scores: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Te
     if mask is not None:
         if mask.shape != logits.shape:
             raise DataError(f"softmax: mask {tuple(mask.shape)}; expected (B, C) = {tuple(logits.shape)}")
-        keep = F.one_hot(target, logits.shape[1]).bool()
-        logits = logits.masked_fill(mask & ~keep, float("-inf"))
+        logits = logits.masked_fill(mask.scatter(1, target[:, None], False), float("-inf"))
     return F.cross_entropy(logits, target)
 
 
@@ -213,6 +212,7 @@ def sampled_softmax(
     *,
     log_q: Tensor | None = None,
     mask: Tensor | None = None,
+    rows: Tensor | None = None,
     temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """In-batch sampled softmax with the popularity (logQ) correction: each user picks its positive among C candidates.
@@ -223,16 +223,28 @@ def sampled_softmax(
     other positives and near-duplicates, which leave the sum (their logit is -inf: weight and gradient exactly 0); the
     target is never masked. ``temperature`` has the units of a score. Departure: the paper normalises both towers,
     here the caller does or does not. Uniform scores give log C. Softmax in float32.
+
+    A batch that has a user several times is cheaper by distinct users: users (R, D), mask (R, C), and ``rows`` (B,)
+    int64 in 0..R-1 the user of each target. All targets of a user are then masked for each other.
     """
-    if target.shape != users.shape[:1] or users.shape[-1] != items.shape[-1]:
+    if target.shape != (users.shape[:1] if rows is None else rows.shape) or users.shape[-1] != items.shape[-1]:
         raise DataError(
             f"sampled_softmax: users {tuple(users.shape)}, items {tuple(items.shape)}, target {tuple(target.shape)}; "
-            "expected (B, D), (C, D) and (B,)"
+            "expected (B, D), (C, D) and (B,), or with rows (B,) users (R, D)"
         )
-    logits = _wide(users @ items.T) / temperature
+    logits = _wide(users @ items.T)
+    if isinstance(temperature, Tensor) or temperature != 1:
+        logits = logits / temperature
     if log_q is not None:
         logits = logits - log_q.to(logits)
-    return softmax(logits, target, mask=mask)
+    if rows is None:
+        return softmax(logits, target, mask=mask)
+    own = logits[rows, target]
+    mask = torch.zeros_like(logits, dtype=torch.bool) if mask is None else mask.clone()
+    mask[rows, target] = True
+    # -log(e^own / (e^own + the others)), where the others are the same for every target of a user
+    others = logits.masked_fill(mask, float("-inf")).logsumexp(dim=1)
+    return F.softplus(others.index_select(0, rows) - own).mean()
 
 
 def _pairs(name: str, positive: Tensor, negative: Tensor) -> None:

@@ -337,9 +337,11 @@ class Composed(ChoosingModel):
         if name in ("bpr", "softmax"):
             return super().ranking(batch, vectors)
         if name == "full softmax":
-            u, q = vectors(batch.users, slice(None))
-            known = torch.from_numpy(self.train_data.csr[batch.users.cpu().numpy()].toarray() > 0).to(q.device)
-            return {name: loss_functions.softmax(u @ q.T, batch.items, mask=known | ~self.item_present)}
+            users, rows = batch.users.unique(return_inverse=True)
+            u, q = vectors(users, slice(None))
+            known = torch.from_numpy(self.train_data.csr[users.cpu().numpy()].toarray() > 0).to(q.device)
+            mask = known | ~self.item_present
+            return {name: loss_functions.sampled_softmax(u, q, batch.items, mask=mask, rows=rows)}
         if name == "alignment":
             u, i = vectors(batch.users, batch.items)
             spread = sum(loss_functions.uniformity(x) for x in (u, i) if len(x) > 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -374,7 +375,7 @@ class Hybrid(Recommender):
         keep = torch.where(torch.rand(len(users), 1) < self.history_cut, share, torch.ones(()))
         rows &= (torch.rand(rows.shape) < keep).numpy()
         h = self._told(self.bank, rows)
-        part = InBatch(found.items, found.target[mine], found.mask[mine], found.log_q)
+        part = replace(found, target=found.target[mine], mask=found.mask[mine])
         return self._softmax(h[place[mine]], q, biases, part)
 
     def _path_terms(
@@ -387,7 +388,7 @@ class Hybrid(Recommender):
                 known = here[m][found.target]
                 if bool(known.any()):
                     mask = found.mask[known] | ~here[m]
-                    part = InBatch(found.items, found.target[known], mask, found.log_q)
+                    part = replace(found, target=found.target[known], mask=mask)
                     each.append(self._softmax(p[known], unit(vector), biases, part))
             terms["modality"] = self.weighed["modality"] * torch.stack(each).mean()
         if self.weighed["cross"]:

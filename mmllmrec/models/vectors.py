@@ -41,10 +41,11 @@ def scale_of(log_scale: Tensor) -> Tensor:
 def cosine_softmax(p: Tensor, q: Tensor, found: InBatch, *, log_scale: Tensor) -> Tensor:
     """The main loss of a table: in-batch sampled softmax of cosines over a learned temperature, logQ-corrected.
 
-    ``losses.sampled_softmax`` of users p (B, D) against the batch's distinct items q (C, D), both of unit length (a
+    ``losses.sampled_softmax`` of users p (R, D) against the batch's distinct items q (C, D), both of unit length (a
     zero row, an absent ID, scores 0 with everyone), among the candidates ``found`` (``sampling.in_batch``) -> ().
     """
-    return losses.sampled_softmax(p * scale_of(log_scale), q, found.target, log_q=found.log_q, mask=found.mask)
+    scaled = p * scale_of(log_scale)
+    return losses.sampled_softmax(scaled, q, found.target, log_q=found.log_q, mask=found.mask, rows=found.rows)
 
 
 class VectorModel(Recommender):
@@ -138,15 +139,18 @@ class VectorModel(Recommender):
             rows = vectors(batch.users, batch.items, batch.negatives)
             mask = None if present is None else present[batch.items, None] & present[batch.negatives]
             return self.pairwise(*rows, mask=mask)
-        found = in_batch(self.train_data, batch, same=self.same)
-        p, q = vectors(batch.users, found.items)
-        if present is None:
-            return cosine_softmax(unit(p), unit(q), found, log_scale=self.log_scale)
-        some = present[batch.items]
-        if not bool(some.any()):
-            return (p.sum() + q.sum()) * 0.0
-        kept = replace(found, target=found.target[some], mask=(found.mask | ~present[found.items])[some])
-        return cosine_softmax(unit(p[some]), unit(q), kept, log_scale=self.log_scale)
+        found = in_batch(self.train_data, batch, same=self.same, distinct=True)
+        p, q = vectors(found.users, found.items)
+        if present is not None:
+            some, mask = present[batch.items], found.mask | ~present[found.items]
+            if not bool(some.any()):
+                return (p.sum() + q.sum()) * 0.0
+            found = replace(found, target=found.target[some], mask=mask)
+            if found.rows is None:
+                p, found.mask = p[some], mask[some]
+            else:
+                found.rows = found.rows[some]
+        return cosine_softmax(unit(p), unit(q), found, log_scale=self.log_scale)
 
     def pairwise(self, u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """BPR of users (B, D), positives (B, D) and negatives (B, K, D), of the pairs in ``mask`` (B, K) -> ()."""
