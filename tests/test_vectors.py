@@ -36,17 +36,19 @@ def build(kind, train, **options):
     return getattr(models, kind)(train, dim=5, **extra, **options)
 
 
-def naive(model, train, batch, same=None):
+def naive(model, train, batch, same=None, present=None):
     """Each positive against the batch's distinct items, by the formula: cosine over temperature less log q."""
     users, items = (x.detach().double().numpy() for x in model.vectors(slice(None), slice(None)))
     scale = 10.0  # the start
     pool, n, total = sorted(set(batch.items.tolist())), len(batch.items), len(train)
     terms = []
     for u, i in zip(batch.users.tolist(), batch.items.tolist(), strict=True):
+        if present is not None and not present[i]:
+            continue
         logits = {}
         for j in pool:
             other = train.csr[u, j] > 0 or (same is not None and same[i] == same[j])
-            if j != i and other:
+            if (j != i and other) or (present is not None and not present[j]):
                 continue
             share = train.item_counts[j] / total
             cosine = users[u] @ items[j] / np.linalg.norm(users[u]) / np.linalg.norm(items[j])
@@ -64,6 +66,18 @@ def test_the_softmax_is_its_formula(train, kind):
     same = None if kind != "VBPR" else [3 if i == 4 else i for i in range(N)]
     assert model.loss(batch)["softmax"].item() == pytest.approx(naive(model, train, batch, same), abs=1e-5)
     assert model.log_candidates(batch) == pytest.approx(np.log(len(set(batch.items.tolist()))))
+
+
+@pytest.mark.parametrize("kind", ["LightGCN", "VBPR"])
+def test_an_item_that_is_not_there_is_neither_positive_nor_candidate(train, kind):
+    model = build(kind, train, loss="softmax")
+    part = np.random.default_rng(2).permutation(len(train))[:19]
+    batch = Batch(torch.tensor(train.users[part]), torch.tensor(train.items[part]))
+    present = torch.arange(N) % 3 > 0
+    same = None if kind != "VBPR" else [3 if i == 4 else i for i in range(N)]
+    loss = model.ranked(batch, model.vectors, present=present)
+    assert loss.item() == pytest.approx(naive(model, train, batch, same, present), abs=1e-5)
+    assert model.ranked(batch, model.vectors, present=torch.zeros(N, dtype=torch.bool)) == 0
 
 
 def test_scores_are_cosines_over_the_temperature_which_is_bounded(train):
