@@ -67,6 +67,7 @@ def test_every_system_trains_without_its_own_idea(world, tmp_path):
     frame = summary.frame.query("row == 'all' and metric == 'ndcg@20'").set_index("system")["mean"]
     assert (one["with"], one["without"]) == (frame["FREEDOM"], frame["FREEDOM, no pruning"])
     assert one["change"] == pytest.approx(one["without"] / one["with"] - 1)
+    assert (tmp_path / "changes.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(DataError, match="have nothing to switch off here"):
         bench.ablations(data=world, systems=["ItemKNN"])
 

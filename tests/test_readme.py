@@ -14,8 +14,9 @@ from mmllmrec.cli.bench import rows_of
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # a table, and before it the line that names its metric and its card
-TABLES = re.findall(r"\b(ndcg@\d+|recall@\d+)\b[^|]*?\(card:\s*`(.+?)`\)\.?\n\n((?:\|.*\n)+)", TEXT)
+TABLES = re.findall(r"\b(ndcg@\d+|recall@\d+)\b[^|]*?\(card:\s*`(.+?)`\)\.?\n\n((?:\| system .*\n)(?:\|.*\n)+)", TEXT)
 TIMES = re.findall(r"\(card:\s*`([^`]+?)`\)\.?\n\n((?:\| timed .*\n)(?:\|.*\n)+)", TEXT)
+IDEAS = re.findall(r"\(card:\s*`([^`]+?)`\)[^|]*?\n\n((?:\| whole .*\n)(?:\|.*\n)+)", TEXT)
 BLOCKS = "".join(re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL))
 LINES = re.findall(r"(?:\bmmllmrec|-m mmllmrec\.cli) ([^#)\n]+)", BLOCKS) + re.findall(r"`mmllmrec ([^`]+)`", TEXT)
 COMMANDS = sorted({" ".join(line.split()) for line in LINES})
@@ -69,6 +70,18 @@ def test_every_timing_is_in_its_card(card, table):
             value = metrics[line[0]].get(column)
             number = isinstance(value, int | float) and value < 1e4
             assert cell == ("-" if value is None else f"{round(value, 4):g}" if number else str(value))
+
+
+def test_every_change_is_in_its_card():
+    assert len(IDEAS) == TEXT.count("| whole |") == 1
+    for card, table in IDEAS:
+        changes = json.loads((ROOT / card).read_text(encoding="utf-8"))["settings"]["changes"]
+        wanted = {}
+        for one in changes:
+            told = f"{one['idea']} {100 * one['change']:+.1f}%"
+            line = wanted.setdefault(one["system"], (f"{one['with']:.4f}", []))
+            line[1].append(f"**{told}**" if one["p (Holm)"] < 0.05 else told)
+        assert {s: (whole, cell.split("; ")) for s, whole, cell in rows(table)[1]} == wanted
 
 
 def test_every_file_it_names_is_there():

@@ -16,7 +16,7 @@ from mmllmrec.bench.run import Entry, Summary, command_of, over_seeds
 from mmllmrec.data import splits
 from mmllmrec.data.dataset import RecDataset
 from mmllmrec.data.interactions import DataError
-from mmllmrec.runcard import RunCard
+from mmllmrec.runcard import RunCard, write_atomically
 
 # a system's ideas and the options without each; where one is a loss, its weight at zero
 OFF: dict[str, dict[str, dict[str, Any]]] = {
@@ -80,9 +80,9 @@ def ablations(
     quick: int | None = None,
 ) -> tuple[Summary, pd.DataFrame]:
     """Each of ``systems`` at its published setting, and without each of its ideas (``OFF``), a fit a seed; what the
-    survey's systems read. The frame has a row a (system, idea), on all test items: ``changes``. A bench that was cut
-    off goes on. Raises ``DataError`` for a system that has nothing to switch off here, and for a split that is not
-    known.
+    survey's systems read. The frame has a row a (system, idea), on all test items: ``changes``; ``folder`` gets its
+    ``plot`` as ``changes.png``. A bench that was cut off goes on. Raises ``DataError`` for a system that has nothing to
+    switch off here, and for a split that is not known.
     """
     unknown = [s for s in systems if s not in OFF]
     if unknown or not systems:
@@ -116,6 +116,7 @@ def ablations(
     card = RunCard.load(summary.path)
     card.settings["changes"] = plain(found.to_dict("records"))
     card.save_with(f"{summary}\n\n{found.to_string(index=False)}", summary.path.parent)
+    write_atomically(summary.path.parent / "changes.png", lambda beside: plot(found).savefig(beside, dpi=110))
     return summary, found
 
 
@@ -135,3 +136,32 @@ def changes(summary: Summary, systems: Sequence[str]) -> pd.DataFrame:
         lines.append((name, idea, whole, without, *spread, f"{same} of {len(pairs)}"))
     columns = ["system", "idea", "with", "without", "change", "low", "high", "p (Holm)", "seeds of that sign"]
     return pd.DataFrame(lines, columns=columns)
+
+
+def plot(found: pd.DataFrame) -> Any:
+    """``changes``, the idea that is missed most on top: a dot and its interval, filled where p (Holm) is below 0.05;
+    what is far outside the others' range stands at its edge, as a number. Returns the figure."""
+    from matplotlib.figure import Figure
+
+    ordered = found.sort_values("change", ascending=False)
+    figure = Figure(figsize=(7.5, 0.24 * len(ordered) + 1.1), layout="constrained")
+    axis = figure.add_subplot()
+    edge = 150 * ordered["change"].abs().quantile(0.9) + 5
+    for place, one in enumerate(ordered.to_dict("records")):
+        change, low, high = (100 * one[k] for k in ("change", "low", "high"))
+        colour = "#2a6f97" if change < 0 else "#b5651d"
+        if abs(change) > edge:
+            side, across = ("right", 1.0) if change > 0 else ("left", 0.0)
+            told = {"ha": side, "va": "center", "fontsize": 9, "color": colour}
+            axis.text(across, place, f"{change:+.0f}", told, transform=axis.get_yaxis_transform())
+            continue
+        axis.plot([max(low, -edge), min(high, edge)], [place, place], color=colour, linewidth=1.2)
+        fill = colour if one["p (Holm)"] < 0.05 else "w"
+        axis.plot(change, place, "o", markersize=5, color=colour, markerfacecolor=fill)
+    axis.set_yticks(range(len(ordered)), [f"{s}: {i}" for s, i in zip(ordered["system"], ordered["idea"], strict=True)])
+    axis.tick_params(axis="y", labelsize=8, length=0)
+    axis.axvline(0, color="#333", linewidth=0.8)
+    axis.set_ylim(-0.8, len(ordered) - 0.2)
+    axis.set_xlabel(f"change of {NDCG} without it, %")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    return figure
