@@ -119,6 +119,12 @@ def test_a_masked_candidate_has_exactly_no_gradient_and_no_influence():
     assert losses.sampled_softmax(users, other, target, log_q=log_q, mask=mask) == loss
 
 
+def test_a_mask_of_another_shape_is_refused():
+    users, items, _, target, _ = softmax_case()
+    with pytest.raises(DataError, match=r"mask \(1, 11\); expected a row a user"):
+        losses.sampled_softmax(users, items, target, mask=torch.ones(1, C, dtype=torch.bool), rows=target * 0)
+
+
 def test_a_row_whose_others_are_all_masked_costs_nothing():
     users, items, _, target, _ = softmax_case()
     loss = losses.sampled_softmax(users, items, target, mask=torch.ones(B, C, dtype=torch.bool))

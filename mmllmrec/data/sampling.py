@@ -64,11 +64,13 @@ class Batch:
         if world == 1:
             return self
         mine = slice(rank, None, world) if rank < len(self) else slice(0, 1)
-        negatives = None if self.negatives is None else self.negatives[mine]
-        users, items, pool, whole = self.users[mine], self.items[mine], self.pool, self.whole
-        return replace(
-            self, users=users, items=items, negatives=negatives, rank=rank, world=world, _pool=pool, _whole=whole
-        )
+        return replace(self.part(mine), rank=rank, world=world)
+
+    def part(self, rows: torch.Tensor | slice) -> Batch:
+        """Some of the rows, such as (B,) bool; the pool stays that of the whole batch."""
+        negatives = None if self.negatives is None else self.negatives[rows]
+        users, items, pool, whole = self.users[rows], self.items[rows], self.pool, self.whole
+        return replace(self, users=users, items=items, negatives=negatives, _pool=pool, _whole=whole)
 
 
 @dataclass

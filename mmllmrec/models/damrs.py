@@ -145,7 +145,8 @@ def graded(views: Tensor, has: Tensor, *, k: int, temperature: float) -> Tensor:
         chance = torch.softmax(masked.masked_fill_(~has.any(dim=1)[:, None, None], 0.0), dim=-1) * there[..., None]
         agreed = V * chance.sum(dim=0) / (there.T @ there).clamp(min=1)
     for v, some in enumerate(has):
-        rows, near = some.nonzero()[:, 0], min(k, (int(some.sum()) - 1) // 2)
+        rows = some.nonzero()[:, 0]
+        near = min(k, (len(rows) - 1) // 2)
         if near < 1:
             continue
         # what a view lacks is masked as a column: cutting it out of (C, C) takes twice the time of all the rest

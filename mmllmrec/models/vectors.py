@@ -9,7 +9,6 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -139,17 +138,14 @@ class VectorModel(Recommender):
             rows = vectors(batch.users, batch.items, batch.negatives)
             mask = None if present is None else present[batch.items, None] & present[batch.negatives]
             return self.pairwise(*rows, mask=mask)
+        if present is not None:
+            batch = batch.part(present[batch.items])
         found = in_batch(self.train_data, batch, same=self.same, distinct=True)
         p, q = vectors(found.users, found.items)
+        if not len(batch):
+            return (p.sum() + q.sum()) * 0.0
         if present is not None:
-            some, mask = present[batch.items], found.mask | ~present[found.items]
-            if not bool(some.any()):
-                return (p.sum() + q.sum()) * 0.0
-            found = replace(found, target=found.target[some], mask=mask)
-            if found.rows is None:
-                p, found.mask = p[some], mask[some]
-            else:
-                found.rows = found.rows[some]
+            found.mask |= ~present[found.items]
         return cosine_softmax(unit(p), unit(q), found, log_scale=self.log_scale)
 
     def pairwise(self, u: Tensor, i: Tensor, j: Tensor, *, mask: Tensor | None = None) -> Tensor:
