@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class Question:
     are judged, and sentences on the finished answer (``notes``). ``first`` is the system whose controls at test are
     rows; ``about`` is what else decides the numbers, and ``options`` what else the command was asked with. Settings are
     searched on the validation part of ``search``'s split; ``searches`` is a folder of their own, for questions that
-    share none with others. ``shows_unified``: the title says how Unified reads."""
+    share none with others. ``new_items``: it is about new items, which get room (``ask``). ``shows_unified``: the title
+    says how Unified reads."""
 
     name: str
     title: str
@@ -62,6 +63,7 @@ class Question:
     about: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     searches: str = ""
+    new_items: bool = True
     shows_unified: bool = True
 
 
@@ -81,21 +83,22 @@ def ask(
     The searches are the same for all questions, whatever their splits, and each is made once; the settings it found are
     those of all seeds. Fits are kept beside them, by row, split, seed and settings: a row that two questions share on
     one split is fitted once, and the best trial of a search goes on as the fit of seed 0 on its split. What was done is
-    read: trials, fits and seeds' reports. ``quick`` bounds the epochs. New items get as much room as leaves known ones
-    the validation ndcg@20 of ``REFERENCE`` on that split, or 1 - ``COLD_COST`` of the row's own where that is lower:
-    one rule for all rows that rank new items (``fit``). ``settings``, the card of an earlier answer on the same data
-    and split, stands in for the searches of the rows that it has. Raises ``DataError`` for fewer than one seed, for a
-    card of other data, and for a folder that holds the results of other settings or data.
+    read: trials, fits and seeds' reports. ``quick`` bounds the epochs. Where a question is about new items, they get as
+    much room as leaves known ones the validation ndcg@20 of ``REFERENCE`` on that split, or 1 - ``COLD_COST`` of the
+    row's own where that is lower: one rule for all rows that rank new items (``fit``). ``settings``, the card of an
+    earlier answer on the same data and split, stands in for the searches of the rows that it has. Raises ``DataError``
+    for fewer than one seed, for a card of other data, and for a folder that holds the results of other settings or
+    data.
     """
     if seeds < 1:
         raise DataError(f"seeds={seeds}: run at least one; three for a verdict")
     rows, place = question.rows, Path(folder)
-    searched = {r.search for r in (REFERENCE, *rows) if r.space}
+    fits = _Fits(rows, asked.data, budget, new_items=question.new_items, quick=quick)
+    searched = {r.search for r in fits.by_name.values() if r.space}
     bar = Progress(question.name, len(searched) + seeds * len(rows))
-    fits = _Fits(rows, asked.data, budget)
     searching = question.search(asked.data)
     if settings is not None:
-        fits.tuned |= _of_card(settings, rows, searching)
+        fits.tuned |= _of_card(settings, fits.by_name.values(), searching)
     _search(fits, searching, question.searches, quick, bar)
     tuned = fits.tuned
     told = {"data": asked.name or asked.data.name, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
@@ -156,7 +159,7 @@ def ask(
     answer = Answer(title, frame, verdicts, [], question.layout, place / "card.json")
     answer.notes = question.notes(answer)
     told_in_card = {
-        "tuned": {r.name: {"search": r.search, **tuned[r.search].best} for r in rows},
+        "tuned": {r.name: {"search": r.search, **tuned[r.search].best} for r in fits.by_name.values()},
         "validation": {name: found.score for name, found in tuned.items()},
         "budget": {"trials": budget.trials, "minutes": budget.minutes, "folder": str(budget.folder)},
         "trials run": {name: found.card.settings["trials run"] for name, found in tuned.items()},
@@ -171,17 +174,19 @@ def ask(
 
 @dataclass
 class _Fits:
-    """The fits of some rows and the reference: where each lies, and how it is made. ``tuned`` is what each search has
-    found so far."""
+    """The fits of some rows and, for the room of new items, the reference: where each lies, and how it is made.
+    ``quick`` bounds their epochs; ``tuned`` is what each search has found so far."""
 
     rows: Sequence[Row]
     data: RecDataset
     budget: Budget
+    new_items: bool
+    quick: int | None = None
     tuned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def by_name(self) -> dict[str, Row]:
-        return {r.name: r for r in (REFERENCE, *self.rows)}
+        return {r.name: r for r in (*([REFERENCE] if self.new_items else []), *self.rows)}
 
     def place(self, row: Row, split: Split, seed: int) -> Path:
         """Where the fit of a row on a split lies: its name, and a hash of all that decides it."""
@@ -202,6 +207,7 @@ class _Fits:
     def settings(self, row: Row, room: Mapping[str, float]) -> dict[str, Any]:
         """The keywords of a row's ``fit``; the reference, which ranks no new items, is fitted before there is room."""
         found: dict[str, Any] = self.tuned[row.search].settings
+        found = {**found, "epochs": self.quick} if self.quick and found else found
         return found if row.name == REFERENCE.name else {**found, **room}
 
     def fit(self, row: Row, split: Split, seed: int, made: Mapping[str, Any], room: Mapping[str, float]) -> Any:
@@ -215,6 +221,8 @@ class _Fits:
 
     def room(self, split: Split, seed: int) -> dict[str, float]:
         """The keywords of ``fit`` that say how much room new items get on a split; kept beside the reference's fit."""
+        if not self.new_items:
+            return {}
         path = self.place(REFERENCE, split, seed) / "room.json"
         if not path.is_file():
             run = self.fit(REFERENCE, split, seed, {}, {})
@@ -223,7 +231,7 @@ class _Fits:
         return found
 
 
-def _of_card(path: str | os.PathLike[str], rows: Sequence[Row], split: Split) -> dict[str, Any]:
+def _of_card(path: str | os.PathLike[str], rows: Iterable[Row], split: Split) -> dict[str, Any]:
     """What searches of rows on a split found, by their names, as the card of an earlier answer tells it."""
     from mmllmrec.training.tune import Tuned
 

@@ -135,6 +135,7 @@ def survey(
         search=lambda data: make(data, 0),
         options={"split": kind, "system": tuple(systems or ())},
         searches="survey",
+        new_items=kind == "cold_items",
         shows_unified=False,
     )
     budget = Budget(trials, minutes, Path(tuned))
