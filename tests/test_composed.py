@@ -15,7 +15,7 @@ from mmllmrec.features.table import FeatureTable
 from mmllmrec.fusion import FUSIONS
 from mmllmrec.models import composed
 from mmllmrec.models.base import Recommender
-from mmllmrec.models.composed import ENCODERS, EXTRAS, LOSSES, TIMINGS, Composed, Encoder, Fusion
+from mmllmrec.models.composed import ENCODERS, EXTRAS, LOSSES, TIMINGS, USED_BY, Composed, Encoder, Fusion
 from tests.planted import few
 
 U, N, D = 7, 11, 5
@@ -117,6 +117,8 @@ def test_a_composed_model_is_saved_with_its_parts(shop, tmp_path):
         ({"encoder": Encoder("mf"), "extras": {"edges": 0.1}}, "has none to drop from"),
         ({"extras": {"edges": 0.1, "nodes": 0.1}}, "choose one"),
         ({"encoder": Encoder("mf", layers=3)}, "layers=3: the encoder 'mf' has no use for it"),
+        ({"loss": "full softmax", "temperature": 0.1}, "temperature=0.1: it is of the extras"),
+        ({"extras": {"noise": 0.1}, "dropout": 0.5}, "dropout=0.5: it is of the extras"),
         *(
             ({"encoder": Encoder(kind, neighbours=3)}, f"neighbours=3: the encoder '{kind}' has no use for it")
             for kind in ("mf", "lightgcn", "residual", "spectral")
@@ -421,7 +423,8 @@ NAIVE = {
 
 @pytest.mark.parametrize("name", list(EXTRAS))
 def test_every_extra_is_its_formula(train, features, name):
-    model, batch = made(train, features, extras={name: 1.0}, dropout=0.3), batch_of(train)
+    options = {"dropout": 0.3} if name in USED_BY["dropout"] else {}
+    model, batch = made(train, features, extras={name: 1.0}, **options), batch_of(train)
     model.begin_epoch(np.random.default_rng(5))
     encoded = model.encode()
     found = []

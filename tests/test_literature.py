@@ -80,6 +80,17 @@ def test_a_search_belongs_to_its_split(world, tmp_path):
     assert {p.name for p in (tmp_path / "tuned" / world.name / "survey" / "random_per_user").iterdir()} >= set(some)
 
 
+def test_data_of_one_s_own_is_asked_by_its_folder(tmp_path):
+    events = [f"u{u},i{(u * k) % 11}" for u in range(1, 9) for k in range(6)]
+    (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id", *events]))
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *(f"i{i},title {i % 4}" for i in range(11))]))
+    asked = {"data": "folder", "path": tmp_path, "seeds": 1, "minutes": None, "quick": 1, "systems": ("ItemKNN",)}
+    answer = bench.survey(**asked, tuned=tmp_path / "tuned", folder=tmp_path / "answer")
+    assert {"ItemKNN", module.SOFTMAX, "Random"} <= set(answer.frame["system"])
+    command = RunCard.load(tmp_path / "answer" / "seed0" / "report" / "card.json").settings["command"]
+    assert command.startswith(f"mmllmrec bench survey --data folder --path {tmp_path}")
+
+
 def test_what_is_not_known_is_refused(world):
     with pytest.raises(DataError, match=r"systems=.*SVD"):
         bench.survey(data=world, systems=["SVD"])

@@ -44,6 +44,22 @@ def dense(matrix) -> torch.Tensor:
     return torch.tensor(matrix.toarray(), dtype=torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("SimGCL", {"layers": 0}, "layers=0: 1 or more"),
+        ("LGMRec", {"hyper_layers": 0}, "hyper_layers=0: 1 or more"),
+        *((name, {"prune": 1.5}, r"prune=1\.5: the share") for name in ("LayerGCN", "FREEDOM", "COHESION", "PGL")),
+        ("FREEDOM", {"prune": -0.3}, r"prune=-0\.3: the share"),
+    ],
+)
+def test_values_without_meaning_are_refused_at_once(train, features, name, options, message):
+    kind = getattr(models, name)
+    content = {"features": features} if hasattr(kind, "with_catalog") else {}
+    with pytest.raises(DataError, match=message):
+        kind(train, **content, **options)
+
+
 def test_computed_edges_are_their_dense_formulas(train):
     edges = Edges(train)
     r = torch.zeros(U, N)

@@ -106,7 +106,7 @@ def ablations(
         quick=quick,
         command=command_of(
             "ablations",
-            data=asked.name or asked.data.name,
+            **asked.told,
             split=kind,
             system=() if tuple(systems) == tuple(OFF) else tuple(systems),
             seeds=seeds,

@@ -101,7 +101,7 @@ def ask(
         fits.tuned |= _of_card(settings, fits.by_name.values(), searching)
     _search(fits, searching, question.searches, quick, bar)
     tuned = fits.tuned
-    told = {"data": asked.name or asked.data.name, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
+    told = {**asked.told, "seeds": seeds, "trials": budget.trials, "minutes": budget.minutes}
     command = command_of(question.name, **told, **question.options, settings=settings, vision=asked.vision)
 
     def one(seed: int) -> Any:

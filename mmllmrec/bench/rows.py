@@ -30,7 +30,7 @@ from mmllmrec.seed import dealt, generator
 if TYPE_CHECKING:
     from mmllmrec.models.unified import Preset
 
-DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k")
+DATA = ("atelier", "atelier-b", "movielens-small", "lastfm-2k", "folder")  # the last is one's own
 TWIN, TWIN_PRESENT = "Factor-fed twin", "Factor-fed twin, of present content"
 COLD_COST = 0.05  # of its ndcg@20 on known items that every system gives for new ones, at least (see ``ask``)
 LR, DECAY = (3e-4, 1e-2, "log"), (0.1, 3.0, "log")
@@ -97,7 +97,13 @@ class Setup:
     trainer: str
     vision: str = ""
     name: str = ""  # what the data was asked for by
+    path: str = ""  # where it lies, of one's own data
     tables: dict[Any, FeatureTable] = field(default_factory=dict, repr=False, compare=False)  # of the split at hand
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a command says of the data."""
+        return {"data": self.name or self.data.name, "path": self.path}
 
     @property
     def both(self) -> bool:
@@ -153,15 +159,15 @@ def setup(
 ) -> Setup:
     """Load a question's data by name, or take it, and choose how Unified reads it.
 
-    Planted worlds: ``nano``; real data: ``minilm``. Its trainer is the cached one unless ``end_to_end=True``; where
-    that is left out, planted worlds are trained end to end if ``whole``. Of Last.fm the words (artist names and tags)
-    and ``vggish`` are kept: ``whisper`` is a second account of the same sound, and the MiniLM table one of the same
-    words. ``vision``: see ``Setup``. Raises ``DataError`` for another name.
+    ``"folder"`` is one's own, at ``path``. Planted worlds: ``nano``; real data: ``minilm``. Its trainer is the cached
+    one unless ``end_to_end=True``; where that is left out, planted worlds are trained end to end if ``whole``. Of
+    Last.fm the words (artist names and tags) and ``vggish`` are kept: ``whisper`` is a second account of the same
+    sound, and the MiniLM table one of the same words. ``vision``: see ``Setup``. Raises ``DataError`` for another name.
     """
     name = data if isinstance(data, str) else ""
     if isinstance(data, str):
         if data not in DATA:
-            raise DataError(f"data={data!r}: the questions are asked of {list(DATA)}; pass a RecDataset of yours")
+            raise DataError(f"data={data!r}: the questions are asked of {list(DATA)}, or of a RecDataset")
         # a garbled row is left out and counted in ``about``: a bench must run on the files as they are
         reading = {"bad_rows": "drop"} if data == "movielens-small" else {}
         found = load_dataset(data, path, **reading)
@@ -169,7 +175,9 @@ def setup(
     planted = isinstance(data, Atelier)
     whole = planted and whole if end_to_end is None else end_to_end
     trainer = "end_to_end" if whole else "cached"
-    return Setup(data, "nano" if planted else "minilm", trainer, vision=os.fspath(vision or ""), name=name)
+    where = os.fspath(path) if path is not None and name == "folder" else ""
+    preset = "nano" if planted else "minilm"
+    return Setup(data, preset, trainer, vision=os.fspath(vision or ""), name=name, path=where)
 
 
 def _sound_and_words(data: RecDataset) -> RecDataset:

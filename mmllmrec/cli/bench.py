@@ -15,7 +15,9 @@ app = typer.Typer(no_args_is_help=True, help="The comparisons of the README, wit
 Seeds = Annotated[int, typer.Option(min=1, help="how many seeds, from 0")]
 Cards = Annotated[Path, typer.Option("--folder", help="where the run card and the table go")]
 Repeats = Annotated[int, typer.Option(min=1, help="how often each is timed; the median counts")]
-Asked = Annotated[str, typer.Option("--data", "--dataset", help="atelier, atelier-b, movielens-small or lastfm-2k")]
+Asked = Annotated[
+    str, typer.Option("--data", "--dataset", help="atelier, atelier-b, movielens-small, lastfm-2k, folder (--path)")
+]
 
 
 @app.command("eval")
@@ -69,7 +71,7 @@ def bench_growth(
     threads: Annotated[int | None, typer.Option(min=1, help="of each process; 1 on a machine that others use")] = None,
     folder: Cards = Path("runs/growth"),
 ) -> None:
-    """Seconds and memory of an epoch per event, on planted sets of ever more events; a quarter of an hour, 24 GiB.
+    """Seconds and memory of an epoch per event, on planted sets of ever more events; a quarter of an hour, 8 GiB.
 
     Example: [bold]mmllmrec bench growth --events 160000 --events 1600000[/bold]
     """

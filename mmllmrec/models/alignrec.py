@@ -30,7 +30,7 @@ class AlignRec(MultimodalModel):
     Liu et al. 2024 (arXiv 2403.12384). M_i = S (Q * sigmoid(G (W x + b) + g)), S the graph of alike items, M_u = R M_i;
     C = LightGCN's encoder; vectors C + M. BPR, ``reg`` times ``losses.l2`` of the batch's final vectors;
     ``contrast_weight`` times the InfoNCE of M against C (content-category alignment); ``similarity_weight`` times ||M_B
-    M_B^T - K||_F / B, B the batch's distinct items, with K the cosines of the batch's raw features, the mean over the
+    M_B^T - K||_F / B, B the batch's distinct items, with K the cosines of the batch's features, the mean over the
     modalities that both have, as in S; ``user_item_weight`` times 1 - cosine of the batch's users and items, in the
     mean (user-item alignment). Departures: x is all modalities side by side, each of unit length, where the paper has
     the output of a multimodal encoder that it pretrains and the published code one feature file; features are frozen

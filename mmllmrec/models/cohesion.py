@@ -61,7 +61,7 @@ class COHESION(MultimodalModel, PrunedGraph):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.layers, self.prune = layers, prune
+        self.layers = layers
         widths = [dim, *self.features.widths.values()]
         self.maps = nn.ModuleList(
             nn.Sequential(nn.Linear(w, hidden), nn.LeakyReLU(), nn.Linear(hidden, dim)) for w in widths

@@ -187,6 +187,11 @@ EXTRAS = {
     "noise": "structure-based: InfoNCE of two outputs with a little noise",
     "neighbours": "structure-based: InfoNCE of a node and its neighbourhood",
 }
+EXTRA = 0.2  # their temperature, and their dropout
+USED_BY = {
+    "temperature": ("modalities", "edges", "nodes", "noise", "neighbours"),
+    "dropout": ("edges", "nodes", "masking", "bootstrap"),
+}
 
 
 class Composed(ChoosingModel):
@@ -199,10 +204,12 @@ class Composed(ChoosingModel):
     before the fusion, that is the same function as early. An absent channel has no part in a fusion, but where its
     encoder makes one of neighbours. ``item_graph``: of the items alike in the features at hand, all modalities
     counting alike, also in ``with_catalog``, as the learned ones are. ``reg`` is of the pairwise and pointwise losses;
-    alignment comes with half of the uniformity of users and of items. Raises ``DataError`` where parts have no meaning
-    together: one channel and nothing to fuse with late timing, an option that the encoder has no use for, the heuristic
-    without IDs, views of a graph that the encoder does not have, ``extras`` of modalities with fewer than two, and two
-    extras that would make the same views.
+    alignment comes with half of the uniformity of users and of items. ``negatives`` are drawn for these losses alone;
+    ``temperature`` and ``dropout`` are of the ``extras`` (the InfoNCE of views; what views, masking and bootstrap leave
+    out). Raises ``DataError`` where parts have no meaning together: one channel and nothing to fuse with late timing,
+    an option that the encoder, or none of the extras, has a use for, the heuristic without IDs, views of a graph that
+    the encoder does not have, ``extras`` of modalities with fewer than two, and two extras that would make the same
+    views.
     """
 
     losses: ClassVar[tuple[str, ...]] = LOSSES
@@ -221,8 +228,8 @@ class Composed(ChoosingModel):
         ids: bool = True,
         dim: int = 64,
         negatives: int = 1,
-        temperature: float = 0.2,
-        dropout: float = 0.2,
+        temperature: float = EXTRA,
+        dropout: float = EXTRA,
         reg: float = 1e-4,
         feature_dim: int = 64,
     ):
@@ -251,6 +258,9 @@ class Composed(ChoosingModel):
         self.extras = dict(extras or {})
         channels = (["ID"] if ids else []) + list(self.modalities)
         _check(encoder, fusion, loss, self.extras, channels, negatives)
+        for option, given in (("temperature", temperature), ("dropout", dropout)):
+            if given != EXTRA and not self.extras.keys() & set(USED_BY[option]):
+                raise DataError(f"{option}={given}: it is of the extras {USED_BY[option]}; leave it out")
         self.config.pop("layers")
         del self.graph
         self.temperature, self.dropout, self.by_id = temperature, dropout, ids

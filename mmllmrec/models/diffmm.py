@@ -72,8 +72,10 @@ class DiffMM(WrittenGraphs):
     H_0 is. An absent modality is zero. Departures: the denoisers learn beside the rest, on as many users a step as make
     all of them once an epoch, by one optimiser; the contrast is of the batch's nodes, not with all. What is written is
     thus one epoch behind, and nothing in the first (published: an epoch trains the denoisers, writes, then recommends);
-    only items with an event are. Note that a new item keeps all of its content, by its self-loop, where a known one of
-    degree d has 1 / (d + 1) of it: new items rank high.
+    only items with an event are; of what is written all is kept, where the published code drops half of the graph's
+    entries an epoch and scales up the rest. It can contrast each modality's view with F instead, which is not here.
+    Note that a new item keeps all of its content, by its self-loop, where a known one of degree d has 1 / (d + 1) of
+    it: new items rank high.
     """
 
     penalty: ClassVar[Callable[..., Tensor]] = staticmethod(squares)

@@ -50,7 +50,7 @@ class FREEDOM(MultimodalModel, PrunedGraph):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
-        self.prune, self.content_weight = prune, content_weight
+        self.content_weight = content_weight
         self.maps = self.linear_each(dim, bias=False)  # a bias is the same for a positive and its negative
 
     def encode(self) -> Encoded:

@@ -71,8 +71,9 @@ class IALS(Factorised):
     """Weighted alternating least squares on implicit feedback.
 
     sum over all u, i of c_ui (p_ui - x_u . y_i)^2 + reg (sum of ||x_u||^2 + ||y_i||^2), p 1 for an event and 0
-    elsewhere, c = 1 + ``alpha`` p, Hu et al. 2008, eqs. 3 to 5; ``implicit.als``, three conjugate-gradient steps a row
-    (Takacs et al. 2011). A new user is its exact minimiser given the items. Raises ``DataError`` for a ``reg`` below 0.
+    elsewhere, c = 1 + ``alpha`` p, Hu et al. 2008, eqs. 3 to 5 (there, of hours of television, 40); ``implicit.als``,
+    three conjugate-gradient steps a row (Takacs et al. 2011). A new user is its exact minimiser given the items. Raises
+    ``DataError`` for a ``reg`` below 0.
     """
 
     def __init__(

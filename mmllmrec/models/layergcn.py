@@ -44,7 +44,7 @@ class LayerGCN(PrunedGraph):
         loss: str = "bpr",
     ):
         super().__init__(train, dim=dim, layers=layers, prune=prune, reg=reg, loss=loss)
-        self.layers, self.prune = layers, prune
+        self.layers = layers
         self.users, self.items = nn.Embedding(self.n_users, dim), nn.Embedding(self.n_items, dim)
         for table in (self.users, self.items):
             nn.init.xavier_uniform_(table.weight)

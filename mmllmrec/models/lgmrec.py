@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmllmrec import losses
 from mmllmrec.data.catalog import Catalog
-from mmllmrec.data.interactions import Interactions
+from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_events
 from mmllmrec.encoders.heads import unit
@@ -59,6 +59,8 @@ class LGMRec(MultimodalModel):
         loss: str = "bpr",
     ):
         super().__init__(train, **arguments(locals()))
+        if hyper_layers < 1:
+            raise DataError(f"hyper_layers={hyper_layers}: 1 or more; without the hypergraph, global_weight=0")
         self.modal_layers, self.hyper_layers, self.dropout = modal_layers, hyper_layers, dropout
         self.global_weight, self.contrast_weight, self.temperature = global_weight, contrast_weight, temperature
         self.maps, self.members = self.linear_each(dim, bias=False), self.linear_each(hyperedges, bias=False)

@@ -40,11 +40,12 @@ class LLMRec(MultimodalModel):
     beat. ``pairs`` (U, 2): an item written as liked and one as disliked for each user, -1 where none. Both are saved
     with the weights. A local language model's are ``language.profiles.Profiles.as_modality`` (attributes) and
     ``of_users``, and ``language.rerank.Reranked.pairs``. An absent modality is zero. Departures: an item keeps its own
-    projection beside what comes back, without which a new one had nothing; the graph is normalised on both sides and
-    has no softmax at its end; the mask is drawn anew every step, of users alone (published: of items' attributes too);
-    there is no BPR of profiles against attributes, nor of a modality alone; the published code keeps the largest losses
-    and drops the smallest, 0.71 or 0.4 of them. Raises ``DataError`` for shares out of range, for other shapes, and for
-    ``pairs`` under the softmax, which has no pairs.
+    projection beside what comes back, without which a new one had nothing; attributes weigh as other content does
+    (published: 0.005); the graph is normalised on both sides and has no softmax at its end; the mask is drawn anew
+    every step, of users alone (published: of items' attributes too); there is no BPR of profiles against attributes,
+    nor of a modality alone; the published code keeps the largest losses and drops the smallest, 0.71 or 0.4 of them.
+    Raises ``DataError`` for shares out of range, for other shapes, and for ``pairs`` under the softmax, which has no
+    pairs.
     """
 
     def __init__(

@@ -35,7 +35,8 @@ class MultimodalModel(EncodedModel, ContentModel):
     ``users``, ``items``: embeddings of IDs, Xavier-uniform, where a system has them (``ids``); those that no training
     event moved are absent, zero. ``graph``: LightGCN's encoder on the training events, ``layers`` deep. ``item_graph``:
     a frozen graph of items alike in features, all modalities mixed, and ``modal_graphs`` one a modality, where a
-    subclass asks for them by ``config["neighbours"]``; they are made of the features at hand, also in ``with_catalog``.
+    subclass asks for them (``graphs``), with its option ``neighbours``; they are made of the features at hand, also in
+    ``with_catalog``.
     """
 
     with_item_ids: bool = True
@@ -260,10 +261,15 @@ class LearnedModel(ChoosingModel):
 class PrunedGraph(EncodedModel):
     """A model that trains on a sample of the training events, drawn anew every epoch, and is used on all of them.
 
-    ``prune`` is the share of events left out, those between popular nodes first (``encoders.views.keep_edges``).
+    ``prune`` is the share of events left out, those between popular nodes first (``encoders.views.keep_edges``). Raises
+    ``DataError`` where that is no share, or all.
     """
 
-    prune: float
+    def __init__(self, train: Interactions, *, prune: float, **config: Any):
+        super().__init__(train, prune=prune, **config)
+        if not 0 <= prune < 1:
+            raise DataError(f"prune={prune}: the share of events to leave out, 0 or more and below 1")
+        self.prune = prune
 
     def begin_epoch(self, rng: np.random.Generator, *, resumed: bool = False) -> None:
         if self.prune > 0:

@@ -71,7 +71,8 @@ class PGL(MultimodalModel, PrunedGraph):
             raise DataError(f"subgraph={subgraph!r}: one of {SUBGRAPHS}")
         self.contrast_weight = contrast_weight
         self.dropout, self.temperature = dropout, temperature
-        self.prune = prune if subgraph == "local" else 0.0
+        if subgraph == "global":
+            self.prune = 0.0
         self.preferences = nn.ParameterList(torch.empty(self.n_users, dim) for _ in self.modalities)
         for table in self.preferences:
             nn.init.xavier_uniform_(table)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmllmrec.data.interactions import Interactions
+from mmllmrec.data.interactions import DataError, Interactions
 from mmllmrec.data.sampling import Batch
 from mmllmrec.encoders.graph import Propagation, normalised_adjacency
 from mmllmrec.encoders.views import noised
@@ -40,6 +40,8 @@ class SimGCL(EncodedModel):
     ):
         options = {"dim": dim, "layers": layers, "weight": weight, "noise": noise, "temperature": temperature}
         super().__init__(train, loss=loss, reg=reg, **options)
+        if layers < 1:
+            raise DataError(f"layers={layers}: 1 or more, the embeddings themselves are not among them")
         self.layers, self.weight, self.noise, self.temperature = layers, weight, noise, temperature
         self.users, self.items = nn.Embedding(self.n_users, dim), nn.Embedding(self.n_items, dim)
         for table in (self.users, self.items):

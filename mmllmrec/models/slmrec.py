@@ -30,7 +30,8 @@ class SLMRec(MultimodalModel):
     cross-entropy of x_m . y_m / temperature; ``alignment_weight`` times their sum. An absent modality is zero before
     the graph, and its item no row of that space. Departures: the main loss is ``VectorModel``'s (logQ-corrected, known
     positives masked, learned temperature); all spaces are D wide; features are used as given, the paper brings them to
-    unit length first.
+    unit length first; of its self-supervised tasks FAC alone is here, not the dropping and masking of features (FD,
+    FM).
     """
 
     losses: ClassVar[tuple[str, ...]] = ("softmax", "bpr")
