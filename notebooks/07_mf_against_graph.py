@@ -43,9 +43,10 @@ mm.seed_everything(SEED)
 # %% [markdown]
 # ## Six systems on the same features and the same loss
 # Training-free descriptors of pictures, words, sound and scent, whitened to 32 columns each. All six are trained with
-# BPR, one negative a positive, so that what differs is the encoder: none (`BPR`), content beside the factors (`VBPR`),
-# a smoothing of IDs over users and items (`LightGCN`), a network a modality over the same graph (`MMGCN`), and a frozen
-# graph of *alike items* beside it (`FREEDOM`, `MGCN`).
+# BPR, one negative a positive, so that what differs is mostly the encoder: none (`BPR`), content beside the factors
+# (`VBPR`), a smoothing of IDs over users and items (`LightGCN`), a network a modality over the same graph (`MMGCN`),
+# and a frozen graph of *alike items* beside it (`FREEDOM`, `MGCN`; each has a small term of its own besides, a BPR of
+# content alone and a contrast).
 
 # %%
 data = mm.load_dataset("atelier", **WORLD)

@@ -81,8 +81,8 @@ mm.evaluate(vbpr, split, on="valid", controls=["shuffled crust", "shuffled text"
 
 # %% [markdown]
 # ## An encoder
-# A module from what users and items are to what they become, (U, D), (I, D) -> (U, D), (I, D). This one lets each user
-# look at the items through a gate.
+# A module from what users and items are to what they become, (U, D), (I, D) -> (U, D), (I, D), for the system below.
+# This one lets each user look at the items through a gate.
 
 
 # %%
@@ -97,7 +97,7 @@ class Gated(nn.Module):
 
 # %% [markdown]
 # ## A system
-# A subclass that says what its vectors are, and which terms it has beside the ranking loss. `EncodedModel` does the
+# A subclass that says what its vectors are, and which terms it has beside the ranking loss. `MultimodalModel` does the
 # rest: BPR or the softmax, cold items by content, k-shot curves, saving. Here: the encoder above, content through one
 # map, and a term that draws an item's ID to its content.
 

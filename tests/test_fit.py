@@ -51,6 +51,16 @@ def test_the_best_epoch_is_kept(split):
     assert validation_score(run.model, split.train, split.valid) == run.best_score
 
 
+def test_a_finished_run_that_is_read_keeps_the_card_of_where_it_was_trained(split, tmp_path):
+    first = quick(split, folder=tmp_path)
+    path = tmp_path / "card.json"
+    path.write_text(path.read_text().replace('"device": "', '"device": "elsewhere, '))
+    told = path.read_text()
+    again = quick(split, folder=tmp_path)
+    assert again.card.device.startswith("elsewhere, ") and path.read_text() == told
+    assert again.best_score == first.best_score and again.seconds == first.seconds
+
+
 def test_patience_waits_for_the_first_epochs(split):
     asked = {"epochs": 12, "patience": 2, "lr": 1e-9}  # nothing gets better after the first
     assert len(quick(split, **asked).history) == 3 and len(quick(split, **asked, min_epochs=7).history) == 9

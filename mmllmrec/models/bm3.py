@@ -77,7 +77,7 @@ class BM3(MultimodalModel):
             parts = []
             for m, layer in zip(self.modalities, self.maps, strict=True):
                 here = self.present(m)[batch.items]
-                z = layer(self.rows(m)[batch.items[here]])
+                (z,) = self.mapped(m, layer, batch.items[here])
                 told = self.predictor(z)
                 both = boot(told, to_items[here]) + boot(told, self._target(z)) if len(z) else told.sum()
                 parts.append(both)

@@ -64,10 +64,9 @@ class FREEDOM(MultimodalModel, PrunedGraph):
             return {}
         terms = []
         for m, layer in zip(self.modalities, self.maps, strict=True):
-            rows = self.rows(m)
             alone = self.ranked(
                 batch,
-                lambda u, *i, rows=rows, layer=layer: (encoded.users[u], *(layer(rows[j]) for j in i)),  # type: ignore[misc]
+                lambda u, *i, m=m, layer=layer: (encoded.users[u], *self.mapped(m, layer, *i)),  # type: ignore[misc]
                 present=self.present(m),
             )
             terms.append(alone)

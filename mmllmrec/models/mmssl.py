@@ -35,14 +35,15 @@ class MMSSL(WrittenGraphs):
     known items, at unit length, should look to a critic (Wasserstein, gradient penalty ``penalty_weight``) like their
     rows of events softened by Gumbel noise plus the model's own scores. The ``top`` items of every user by U_m V_m^T
     that it has not taken, chosen once an epoch, are a graph a modality; IDs over it, mixed over the modalities by
-    attention, are added to the IDs times ``id_weight`` before LightGCN, and unit U_m, V_m times ``content_weight``
-    after it. ``contrast_weight`` times the InfoNCE of the users over each modality's graph and their final vectors,
-    negatives from both. An absent modality is zero; an item without an event has no vector: content comes in through
-    users. The critic's first layers have I^2 / 4 + I^2 / 32 weights, as published, and are not saved with a model.
-    Departures: critic and model take their steps together, each term with the other's part held still; attention works
-    (in the published code it is one linear map, and the modalities' graphs are empty but for the first steps of an
-    epoch); no softmax over coordinates at the end of the graph; LightGCN's normalisation; leaky rectifiers and layer
-    norm in the critic, no dropout and no sigmoid (published: 100 times a sigmoid); no penalty of the features' squares.
+    attention and brought to unit length, are added to the IDs times ``id_weight`` before LightGCN, and unit U_m, V_m
+    times ``content_weight`` after it. ``contrast_weight`` times the InfoNCE of the users over each modality's graph and
+    their final vectors, negatives from both. An absent modality is zero; an item without an event has no vector:
+    content comes in through users. The critic's first layers have I^2 / 4 + I^2 / 32 weights, as published, and are not
+    saved with a model. Departures: critic and model take their steps together, each term with the other's part held
+    still; attention works (in the published code it is one linear map, and the modalities' graphs are empty but for the
+    first steps of an epoch); no softmax over coordinates at the end of the graph; LightGCN's normalisation; leaky
+    rectifiers and layer norm in the critic, no dropout and no sigmoid (published: 100 times a sigmoid); no penalty of
+    the features' squares.
     """
 
     supports_cold_items: ClassVar[bool] = False

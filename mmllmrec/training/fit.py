@@ -201,6 +201,7 @@ def fit(
     moments: dict[int, dict[str, Any]] = {}
     if place is not None and resume and (found := checkpoint.resumed(place, model=model, same=same)) is not None:
         best, moments, state = found
+    over = state["stopped"] or state["epoch"] >= epochs
     # FSDP cuts up what it is given: it gets a copy, and the model stays whole for validation and for the user
     sharded = accelerator.distributed_type == DistributedType.FSDP
     learner = copy.deepcopy(model) if sharded else model
@@ -325,13 +326,16 @@ def fit(
         if more is not None:
             model.cold_offset += more
             state["best_score"] = validation_score(model, split.train, split.valid, metric=monitor)
-    card.seconds = round(spent + time.perf_counter() - began, 3)
-    card.peak_memory_mb = state.get("peak", peak_memory_mb())  # a run that is only read again had its peak in training
-    card.peak_device_memory_mb = peak_device_memory_mb()
-    card.metrics = {monitor: state["best_score"], "best_epoch": state["best_epoch"]}
-    card.model["weights"] = content_hash(*(p for k, v in sorted(best.items()) for p in (k, v.float().numpy())))
-    if place is not None and accelerator.is_main_process:
-        write_json(place / "card.json", card.as_dict())
+    if over and place is not None and (place / "card.json").is_file():  # only read: it tells where it was trained
+        card = RunCard.load(place / "card.json")
+    else:
+        card.seconds = round(spent + time.perf_counter() - began, 3)
+        card.peak_memory_mb = state.get("peak", peak_memory_mb())
+        card.peak_device_memory_mb = peak_device_memory_mb()
+        card.metrics = {monitor: state["best_score"], "best_epoch": state["best_epoch"]}
+        card.model["weights"] = content_hash(*(p for k, v in sorted(best.items()) for p in (k, v.float().numpy())))
+        if place is not None and accelerator.is_main_process:
+            write_json(place / "card.json", card.as_dict())
     history = pd.DataFrame(state["history"])
     return Run(model, history, state["best_epoch"], state["best_score"], card.seconds, card)
 
