@@ -5,7 +5,8 @@ Values, and the gradients of all parameters, which are drawn anew: none stands a
 Legend: U users, V items, N = U + V nodes, M modalities, D width.
 """
 
-from itertools import pairwise
+from copy import deepcopy
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from mmllmrec import models
 from mmllmrec.data.interactions import Interactions
 from mmllmrec.data.sampling import epoch
+from mmllmrec.encoders.graph import normalised_adjacency
 from mmllmrec.features.table import FeatureTable
+from mmllmrec.models.pgl import principal
 from tests.planted import few
 
 U, V, D = 7, 11, 5
@@ -465,3 +468,348 @@ def test_selfcf_propagates_its_targets_over_a_graph_with_edges_gone(train, batch
     pairs = zip(batch.users, batch.items + U, strict=True)
     each = [apart(p(h[u]), target[i]) + apart(p(h[i]), target[u]) for u, i in pairs]
     agree(model, found, torch.stack(each).mean() / 2)
+
+
+def test_lattice_mixes_learned_graphs_over_what_an_item_has(train, features):
+    model = drawn(models.LATTICE, train, features=features, neighbours=3, keep=0.3, layers=3, item_layers=2)
+    model.begin_epoch(np.random.default_rng(0))  # who is near is chosen by the maps as drawn
+    r, graphs, a = taken(train), [], torch.zeros(V, V, **WIDE)
+    for (x, here), layer in zip(contents(features), model.learned.maps, strict=True):
+        graphs.append(0.3 * nearest(likeness(x), here, 3) + 0.7 * nearest(likeness(layer(x)), here, 3))
+    for i, has in enumerate(features.presence):
+        alpha = {m: model.mixture[m].exp() for m in has.nonzero()[0]}
+        for m in alpha:
+            a[i] += alpha[m] / sum(alpha.values()) * graphs[m][i]
+    start = ids(model, r)
+    graph = light(r, start, 3)
+    for training in (True, False):
+        agree_all(model, model.train(training).encode(), graph[:U], graph[U:] + unit(a @ a @ start[U:]))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_llmrec_adds_features_and_profiles_that_went_there_and_back(written, train, features):
+    rng, sizes = np.random.default_rng(2), {"layers": 3, "content_weight": 0.3, "profile_weight": 0.6}
+    given = rng.normal(size=(U, 8)).astype(np.float32) if written else None
+    model = drawn(models.LLMRec, train, features=features, profiles=given, **sizes).eval()
+    r, each = taken(train), contents(features)
+    a = adjacency(r)[:U, U:]
+    side = torch.cat([x * here[:, None] for x, here in each], dim=1)
+    means = torch.stack([side[row].mean(0) if row.any() else 0 * side[0] for row in r])
+    p = torch.tensor(given).double() if written else means  # the template: means of what its items have
+    graph = light(r, ids(model, r), 3)
+    users, items = graph[:U], graph[U:]
+    for (x, here), layer in zip(each, model.maps, strict=True):
+        told = x @ layer.weight.T * here[:, None]
+        users, items = users + 0.3 * unit(a @ told), items + 0.3 * unit(a.T @ a @ told + told)
+    told = p @ model.told.weight.T
+    agree_all(model, model.encode(), users + 0.6 * unit(a @ a.T @ told), items + 0.6 * unit(a.T @ told))
+
+
+def test_llmrec_decodes_the_profiles_that_it_masked(train, features, batch):
+    given = np.random.default_rng(2).normal(size=(U, 8)).astype(np.float32)
+    model = drawn(models.LLMRec, train, features=features, profiles=given, mask=0.4, mask_weight=0.7)
+    p, r = torch.tensor(given).double(), taken(train)
+    a, known = adjacency(r)[:U, U:], r.any(1).tolist()
+    torch.manual_seed(1)
+    found = model.loss(batch)["mask"]
+    torch.manual_seed(1)
+    masked = [u for u, share in enumerate(torch.rand(U).tolist()) if share < 0.4 and known[u]]
+    assert 1 < len(masked) < sum(known)
+    mean = p[known].mean(0)  # of users with an event: of others nothing is written
+    shown = torch.stack([mean if u in masked else p[u] for u in range(U)])
+    back = a @ a.T @ (shown @ model.told.weight.T)
+    costs = [(1 - F.cosine_similarity(model.decoder(back[u]), p[u], dim=0)) ** 2 for u in masked]
+    agree(model, found, 0.7 * torch.stack(costs).mean())
+
+
+def test_diffmm_follows_the_posterior_means_down_and_writes_their_top(train, features):
+    options = {"hidden": 7, "steps": 4, "noise": 20.0, "top": 3}  # so much noise that every step moves a row
+    model = drawn(models.DiffMM, train, features=features, **options).float()
+    r, variances, seen = taken(train), [20.0 * v for v in np.linspace(1e-4, 0.02, 4)], []
+    for denoiser in model.denoisers:
+        denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.begin_epoch(np.random.default_rng(0))
+    assert not seen  # the first epoch writes nothing
+    model.begin_epoch(np.random.default_rng(0))
+    left = [1.0, 1 - 1e-4]  # the product of alphas: before any step, after the first, ...
+    for before, now in pairwise(variances):
+        left.append(left[-1] * (1 - now) / (1 - before))
+    for m, denoiser in enumerate(model.denoisers):
+        x = r.float()
+        for t in (4, 3, 2, 1):
+            torch.testing.assert_close(seen[4 * m + 4 - t], x, atol=1e-4, rtol=1e-5)  # values near 10, in float32
+            alpha, angles = left[t] / left[t - 1], torch.tensor([(t - 1) / 10000 ** (k / 5) for k in range(5)])
+            time = denoiser.time(torch.cat([angles.cos(), angles.sin()]))
+            told = denoiser.outer(torch.tanh(denoiser.inner(torch.cat([x, time.expand(U, -1)], dim=1)))).detach()
+            mean = left[t - 1] ** 0.5 * (1 - alpha) * told + alpha**0.5 * (1 - left[t - 1]) * x
+            x = mean / (1 - left[t])
+        own, warm = torch.eye(N, **WIDE), r.any(0).nonzero()[:, 0].tolist()
+        for u in r.any(1).nonzero()[:, 0].tolist():
+            for i in sorted(warm, key=lambda i: -float(x[u, i]))[:3]:
+                own[u, U + i] = own[U + i, u] = 1.0
+        torch.testing.assert_close(torch.tensor(model.links[m].sparse().toarray()).double(), normalised(own))
+
+
+def test_simgcl_contrasts_two_passes_with_noise_at_every_layer(train, batch):
+    model = drawn(models.SimGCL, train, layers=3, weight=0.7, noise=0.3, temperature=0.4)
+    a, start, views = adjacency(taken(train)), torch.cat([model.users.weight, model.items.weight]), []
+    torch.manual_seed(1)
+    encoded = model.encode()
+    torch.manual_seed(1)
+    for length in (0.0, 0.3, 0.3):
+        x, total = start, 0.0
+        for _ in range(3):
+            x = a @ x
+            if length:
+                r = torch.rand(N, D, **WIDE)
+                x = x + torch.sign(x) * length * r / r.norm(dim=1, keepdim=True)
+            total = total + x
+        views.append(total / 3)
+    agree_all(model, encoded, views[0][:U], views[0][U:])
+    nodes = distinct(batch.users), [U + i for i in distinct(batch.items)]
+    naive = sum(info_nce(views[1][some], views[2][some], 0.4) for some in nodes)
+    agree(model, model.auxiliary(batch, encoded)["contrast"], 0.7 * naive)
+
+
+def leading(r, rank):
+    """The sum over leading triples. One of users by items, s u v, is two of the whole adjacency: (u, v) and (u, -v)."""
+    a = r.double() / (r.sum(1, keepdim=True) * r.sum(0)).clamp(min=1) ** 0.5
+    (u, s, v), q, total = torch.linalg.svd(a), rank // 4 // 2, torch.zeros(sum(r.shape), sum(r.shape), **WIDE)
+    for j in range(q):
+        total[: len(r), len(r) :] += s[j] * s[rank // 2 - q + j] * torch.outer(u[:, j], v[j])
+    return total + total.T
+
+
+def test_the_principal_subgraph_is_its_leading_triples_without_small_entries():
+    events = few(12, 11, new=2)
+    found, wanted = principal(normalised_adjacency(events), rank=16, block=7), leading(taken(events), 16)
+    small = wanted.abs() < 1e-3
+    assert (wanted[small].abs() > 1e-9).any() and (wanted < -1e-3).any()
+    torch.testing.assert_close(
+        torch.tensor(found.toarray()).double(), wanted.masked_fill(small, 0.0), atol=1e-6, rtol=1e-5
+    )
+    assert found.nnz == (~small).sum()
+
+
+def test_pgl_trains_on_the_leading_singular_triples_and_scores_with_all(train, features):
+    options = {"neighbours": 3, "shares": (0.25, 0.75), "subgraph": "global", "rank": 8}
+    model = drawn(models.PGL, train, features=features, **options)
+    model.begin_epoch(np.random.default_rng(0))  # nothing is drawn: built once
+    users = torch.cat(list(model.preferences), dim=1) * taken(train).any(1)[:, None]
+    each = zip(contents(features), model.maps, strict=True)
+    items = torch.cat([unit(through(layer, x, here)) for (x, here), layer in each], dim=1)
+    start, a = torch.cat([users, items]), leading(taken(train), 8)
+    for training, graph in ((True, (start + a @ start + a @ a @ start) / 3), (False, light(taken(train), start, 2))):
+        out = graph[:U], graph[U:] + alike(features, 3, (0.25, 0.75)) @ items
+        agree_all(model, model.train(training).encode(), *out)
+
+
+def test_mentor_aligns_moments_of_all_views_and_contrasts_two_noisy_passes(train, features, batch):
+    sizes = {"align_weight": 0.7, "graph_weight": 0.2, "noise": 0.3, "temperature": 0.4}
+    options = {"hidden": 7, "neighbours": 3, "shares": (0.25, 0.75), "item_layers": 2}
+    model = drawn(models.MENTOR, train, features=features, **options, **sizes)
+    r, s = taken(train), alike(features, 3, (0.25, 0.75))
+    each = [*zip(model.encoders, *zip(*contents(features), strict=True), strict=True)]
+
+    def encoded_by(encoder, x, here, noise=0.0):
+        rows = unit(encoder.preference) * r.any(1)[:, None], unit(bent(encoder.map, x)) * here[:, None]
+        layer = total = torch.cat(rows)
+        for _ in range(2):
+            layer = adjacency(r) @ layer
+            if noise:
+                layer = layer + noise * unit(torch.rand(N, D, **WIDE)) * layer.sign()
+            total = total + layer
+        return total
+
+    def joined(first, second, heed):
+        items = torch.cat([first[U:], second[U:]], 1)
+        return torch.cat([torch.cat([heed[:, :1] * first[:U], heed[:, 1:] * second[:U]], 1), items + s @ s @ items])
+
+    torch.manual_seed(1)
+    encoded = model.encode()
+    terms = model.auxiliary(batch, encoded)
+    torch.manual_seed(1)
+    noisy = [joined(*(encoded_by(*one, noise=0.3) for one in each), model.personal) for _ in range(2)]
+    plain = [encoded_by(*one) for one in each]
+    alone = [encoded_by(model.guide, model.item_ids, r.any(0)), *plain]
+    views = [joined(*plain, model.personal), *(joined(x, x, torch.ones(U, 2)) for x in alone)]
+    agree_all(model, encoded, views[0][:U], views[0][U:])
+    moments = [(x.mean(), ((x - x.mean()) ** 2).sum() / (x.numel() - 1)) for x in views]
+    apart = [(a - c).abs() + (b - d).abs() for (a, b), (c, d) in combinations(moments, 2)]
+    agree(model, terms["align"], 0.7 * sum(apart))
+    nodes = distinct(batch.users), [U + i for i in distinct(batch.items)]
+    agree(model, terms["graph"], 0.2 * sum(info_nce(noisy[0][n], noisy[1][n], 0.4) for n in nodes))
+
+
+def agreed_views(features, r, items, k):
+    """h_v of all items over the graphs of each modality and of co-consumption, and which items have them: (V,)."""
+    each = contents(features)
+    cosines = [likeness(x) for x, _ in each]
+    graphs, has = [], [*(here for _, here in each), r.any(0)]
+
+    def speak_against(i, j):
+        both = [(c, here) for c, (_, here) in zip(cosines, each, strict=True) if here[i] and here[j]]
+        return any(c[i, j] < c[here][:, here].mean() for c, here in both)
+
+    for c, (_, here) in zip(cosines, each, strict=True):
+        graphs.append(torch.zeros(V, V, **WIDE))
+        for i in here.nonzero()[:, 0].tolist():
+            some = [j for j in here.nonzero()[:, 0].tolist() if not speak_against(i, j)]
+            graphs[-1][i, sorted(some, key=lambda j: -float(c[i, j]))[:k]] = 1.0
+    graphs.append(torch.eye(V, **WIDE))
+    for i in range(V):
+        count = {j: int((r[:, i] & r[:, j]).sum()) for j in range(V) if j != i}
+        graphs[-1][i, sorted((j for j in count if count[j] > 1), key=lambda j: (-count[j], j))[:k]] = 1.0
+    return [normalised(graph) @ items for graph in graphs], has
+
+
+def means_over(views, has):
+    """The mean over the views that an item has, zero without any."""
+    own = [[view[i] for view, here in zip(views, has, strict=True) if here[i]] for i in range(V)]
+    return torch.stack([torch.stack(rows).mean(0) if rows else torch.zeros(D, **WIDE) for rows in own])
+
+
+def test_damrs_weighs_and_turns_pairs_by_what_content_says(train, features, batch):
+    model = drawn(models.DAMRS, train, features=features, neighbours=4)
+    r = taken(train)
+    start, graph = ids(model, r), light(r, ids(model, r), 2)
+    views, has = agreed_views(features, r, start[U:], 4)
+    items = graph[U:] + means_over(views, has)
+    agree_all(model, model.encode(), graph[:U], items)
+
+    def chances(u, i):
+        rows = [F.cosine_similarity(graph[u], view[i], dim=0) for view, here in zip(views, has, strict=True) if here[i]]
+        return [torch.sigmoid(graph[u].norm() * cosine).detach() for cosine in rows]
+
+    rows = [*zip(batch.users, batch.items, batch.negatives[:, 0], strict=True)]
+    expected, costs, turned = torch.stack([c for u, _, j in rows for c in chances(u, j)]).mean(), [], []
+    for u, i, j in rows:
+        c, gap = torch.stack(chances(u, i)), graph[u] @ (items[i] - items[j])
+        turned.append((c.max() - expected).clamp(min=0) if c.mean() < expected else torch.zeros((), **WIDE))
+        weight = c.mean() * torch.exp(-2 * (c.var() if len(c) > 1 else torch.zeros(())))
+        costs.append(-weight * F.logsigmoid(gap) - turned[-1] * F.logsigmoid(-gap))
+    assert 0 < sum(bool(t) for t in turned) < len(rows)
+    agree(model, model.loss(batch)["bpr"], torch.stack(costs).mean())
+
+
+def test_damrs_draws_preferences_together_and_items_to_those_near(train, features, batch):
+    sizes = {"preference_weight": 0.7, "relation_weight": 0.2, "temperature": 0.4}
+    model = drawn(models.DAMRS, train, features=features, neighbours=2, **sizes)
+    batch = batch.part(slice(7))  # so that negatives add items of their own
+    r, some = taken(train), distinct(torch.cat([batch.items, batch.negatives[:, 0]]))
+    assert len(some) > len(distinct(batch.items))
+    graph = light(r, ids(model, r), 2)
+    views, has = agreed_views(features, r, ids(model, r)[U:], 2)
+    rows, terms = graph[distinct(batch.users)], model.loss(batch)
+    told = [torch.sigmoid(rows @ unit(x[some]).T) for x in (graph[U:], means_over(views, has))]
+    each = [p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log() for p, q in (told, told[::-1])]
+    agree(model, terms["preference"], 0.7 * (each[0] + each[1]).mean())
+    there = [[i for i in some if here[i]] for here in has]
+    cosines, costs = [likeness(view) for view in views], []
+    chance = [torch.softmax(c[:, own], 1).detach() for c, own in zip(cosines, there, strict=True)]
+    for c, share, own in zip(cosines, chance, there, strict=True):
+        for i in own:
+            of = {j: float(share[i, own.index(j)]) for j in own}
+            both = {j: [s[i, o.index(j)] for s, o in zip(chance, there, strict=True) if {i, j} <= {*o}] for j in own}
+            first = sorted(own, key=lambda j: -of[j] - 3 * float(np.mean(both[j])))[:2]
+            second = sorted((j for j in own if j not in first), key=lambda j: -of[j])[:2]
+            best, next_best, total = (torch.exp(c[i, near] / 0.4).sum() for near in (first, second, own))
+            costs.append(-torch.log(best / total) - torch.log(next_best / (total - best)))
+    agree(model, terms["relation"], 0.2 * torch.stack(costs).mean())
+
+
+def rounds(model, features, r, rate=0.0):
+    """U_m = R W_m x_m and V_m = R^T U_m of each modality, ``rate`` of W_m x_m dropped."""
+    told = [through(layer, x, here) for (x, here), layer in zip(contents(features), model.maps, strict=True)]
+    users = [adjacency(r)[:U, U:] @ F.dropout(x, rate) for x in told]
+    return [(x, adjacency(r)[U:, :U] @ x) for x in users]
+
+
+def chosen(model, features, r, k):
+    """The normalised graphs, N x N, of each user's k best of the items with an event that it has not taken."""
+    graphs = []
+    for users, items in rounds(model, features, r):
+        near, scores = torch.zeros(U, V), users @ items.T
+        for u in r.any(1).nonzero()[:, 0].tolist():
+            others = [i for i in range(V) if r[:, i].any() and not r[u, i]]
+            near[u, sorted(others, key=lambda i: -float(scores[u, i].detach()))[:k]] = 1.0
+        graphs.append(adjacency(near))
+    return graphs
+
+
+@pytest.mark.parametrize("heads", [1, D])
+def test_mmssl_attends_over_written_graphs_before_the_graph_and_adds_content_after(heads, train, features, monkeypatch):
+    options = {"heads": heads, "top": 3, "layers": 3, "id_weight": 0.4, "content_weight": 0.7, "dropout": 0.3}
+    model = drawn(models.MMSSL, train, features=features, **options)
+    written = model.graphs_of  # graphs that are made on the way are float32, and attention takes one type alone
+    monkeypatch.setattr(model, "graphs_of", lambda items: written(items).double())
+    r, attention = taken(train), model.attention
+    model.begin_epoch(np.random.default_rng(0))
+    then = chosen(model, features, r, 3)
+    for layer in model.maps:  # steps later the epoch's graphs are the same, and outside training they are not
+        torch.nn.init.normal_(layer.weight)
+    now, start = chosen(model, features, r, 3), ids(model, r)
+    assert any((a != b).any() for a, b in zip(then, now, strict=True))
+    for training, graphs in ((True, then), (False, now)):
+        rows = torch.stack([graph @ start for graph in graphs], 1)  # (N, M, D)
+        q, k, v = ((rows @ w.T).unflatten(2, (heads, -1)) for w in attention.in_proj_weight.split(D))
+        shares = torch.softmax(torch.einsum("nahd,nbhd->nhab", q, k) / (D // heads) ** 0.5, 3)
+        mixed = torch.einsum("nhab,nbhd->nahd", shares, v).flatten(2) @ attention.out_proj.weight.T
+        out = light(r, start + 0.4 * unit(mixed.mean(1)), 3)
+        torch.manual_seed(1)
+        encoded = model.train(training).encode()
+        torch.manual_seed(1)
+        for told in rounds(model, features, r, 0.3 * training):
+            out = out + 0.7 * torch.cat([unit(x) for x in told])
+        agree_all(model, encoded, out[:U], out[U:])
+
+
+def test_the_critic_of_mmssl_sees_what_users_have_not_taken(train, features, batch, monkeypatch):
+    model = drawn(models.MMSSL, train, features=features, heads=1, dropout=0.0, adversarial_weight=0.7)
+    encoded, seen = model.encode(), []
+    monkeypatch.setattr(model, "_critic", lambda fake, real: seen.extend([fake, real]))
+    torch.manual_seed(1)
+    found = model.auxiliary(batch, encoded)["adversarial"]
+    torch.manual_seed(1)
+    some, r = distinct(batch.users), taken(train)
+
+    def of_others(users, items):
+        rows = [torch.stack([0 * users[u] @ i if r[u, n] else users[u] @ i for n, i in enumerate(items)]) for u in some]
+        return unit(torch.stack(rows))
+
+    fake = torch.cat([of_others(*told) for told in rounds(model, features, r)])
+    noise = -torch.log(-torch.log(torch.rand(len(some), V)))
+    events = torch.softmax(r[some] + 2e-3 * noise, 1)
+    torch.testing.assert_close(seen[0], fake.detach(), rtol=1e-5, atol=1e-6)
+    real = unit(events + 100 * of_others(encoded.users, encoded.items)).detach()
+    torch.testing.assert_close(seen[1], real, rtol=1e-5, atol=1e-8)
+    still = deepcopy(model.critic)  # its own parameters get no gradient of this term
+    agree(model, found, -0.7 * still(fake).mean())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lgmrec_adds_local_content_and_vectors_of_hyperedges(training, train, features):
+    options = {"modal_layers": 2, "hyperedges": 3, "hyper_layers": 2, "dropout": 0.3, "global_weight": 0.4}
+    model = drawn(models.LGMRec, train, features=features, layers=3, temperature=0.6, **options).train(training)
+    r, local = taken(train), light(taken(train), ids(model, taken(train)), 3)
+    items, total = local[U:], torch.zeros(N, D, **WIDE)
+
+    def membership(logits):
+        if training:
+            logits = logits - torch.log(-torch.log(torch.rand(logits.shape, **WIDE)))
+        return F.dropout(torch.softmax(logits / 0.6, 1), 0.3, training)
+
+    torch.manual_seed(1)
+    encoded = model.encode()
+    torch.manual_seed(1)
+    for (x, here), layer, member in zip(contents(features), model.maps, model.members, strict=True):
+        y = x @ layer.weight.T * here[:, None]
+        means = torch.stack([y[r[u]].mean(0) if r[u].any() else torch.zeros(D, **WIDE) for u in range(U)])
+        local = local + unit(adjacency(r) @ adjacency(r) @ torch.cat([means, y]))
+        logits = x @ member.weight.T * here[:, None]
+        of_items = membership(logits) * here[:, None]
+        of_users = membership(torch.stack([logits[r[u]].sum(0) for u in range(U)])) * r.any(1)[:, None]
+        edges = of_items.T @ (of_items @ (of_items.T @ items))
+        total = total + torch.cat([of_users, of_items]) @ edges
+    out = local + 0.4 * unit(total)
+    agree_all(model, encoded, out[:U], out[U:])

@@ -14,7 +14,6 @@ from mmllmrec.data.sampling import epoch
 from mmllmrec.encoders.graph import Edges, mean_adjacency, normalised_adjacency, normalised_events
 from mmllmrec.features.table import FeatureTable
 from mmllmrec.models.diffmm import schedule
-from mmllmrec.models.pgl import principal
 from mmllmrec.seed import seed_everything
 from tests.planted import few
 
@@ -280,18 +279,6 @@ def test_grcn_routing_moves_prototypes_and_the_code_s_variant_does_not(train, fe
     ids = F.normalize(model.users.weight) * model.known[:, None]
     torch.testing.assert_close(users[:, :D], ids)  # every edge is cut: nothing flows
     assert (items[-1, :D] == 0).all() and (items[-1, D:].abs().sum() > 0)
-
-
-def test_principal_subgraph_is_the_dense_one(train):
-    a = normalised_adjacency(train)
-    u, s, vt = np.linalg.svd(a.toarray().astype(np.float64))
-    rank, kept = 8, 2
-    naive = (u[:, :kept] * (s[:kept] * s[rank - kept : rank])) @ vt[:kept]
-    naive[np.abs(naive) < 1e-3] = 0
-    # the spectrum of a bipartite graph comes in pairs +s, -s of one size: their sum is what is unique
-    ours = principal(a, rank=rank, block=5).toarray()
-    assert np.linalg.matrix_rank(ours, tol=1e-3) <= kept and ours.shape == a.shape
-    np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(naive), rtol=0.05)
 
 
 def test_lgmrec_scores_do_not_change_from_call_to_call(train, features):

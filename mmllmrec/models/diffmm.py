@@ -65,17 +65,17 @@ class DiffMM(WrittenGraphs):
     Jiang et al. 2024 (arXiv 2406.11781). Diffusion: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a denoiser tells x_0
     from x_t, weighed by the step's loss of signal-to-noise ratio, and ``signal_weight`` times the distance of its rows
     read through the modality's features from the true ones read through IDs. Each epoch the posterior means of all
-    users' rows are followed down from step T, and the ``top`` items of each become a graph A_m. With A the graph of
-    events, both with self-loops: Z_m = A [P; y_m] + A [A's users; Q] + ``graph_weight`` A_m [P; Q], y_m = unit(act(x_m
-    W_m)); H_0 = sum of softmax(k)_m Z_m, F = H_0 + A H_0 + ... + ``residual`` unit(H_0). BPR, ``reg`` times the squares
-    of all IDs, and ``contrast_weight`` times the InfoNCE of two modalities' views A_m [P; y_m], over A and summed as
-    H_0 is. An absent modality is zero. Departures: the denoisers learn beside the rest, on as many users a step as make
-    all of them once an epoch, by one optimiser; the contrast is of the batch's nodes, not with all. What is written is
-    thus one epoch behind, and nothing in the first (published: an epoch trains the denoisers, writes, then recommends);
-    only items with an event are; of what is written all is kept, where the published code drops half of the graph's
-    entries an epoch and scales up the rest. It can contrast each modality's view with F instead, which is not here.
-    Note that a new item keeps all of its content, by its self-loop, where a known one of degree d has 1 / (d + 1) of
-    it: new items rank high.
+    users' rows, as they are, are followed down from step T, and the ``top`` items of each become a graph A_m. With A
+    the graph of events, both with self-loops: Z_m = A [P; y_m] + A [A's users; Q] + ``graph_weight`` A_m [P; Q], y_m =
+    unit(act(x_m W_m)); H_0 = sum of softmax(k)_m Z_m, F = H_0 + A H_0 + ... + ``residual`` unit(H_0). BPR, ``reg``
+    times the squares of all IDs, and ``contrast_weight`` times the InfoNCE of two modalities' views A_m [P; y_m], over
+    A and summed as H_0 is. An absent modality is zero. Departures: the denoisers learn beside the rest, on as many
+    users a step as make all of them once an epoch, by one optimiser; the contrast is of the batch's nodes, not with
+    all. What is written is thus one epoch behind, and nothing in the first (published: an epoch trains the denoisers,
+    writes, then recommends); only items with an event are; of what is written all is kept, where the published code
+    drops half of the graph's entries an epoch and scales up the rest. It can contrast each modality's view with F
+    instead, which is not here. Note that a new item keeps all of its content, by its self-loop, where a known one of
+    degree d has 1 / (d + 1) of it: new items rank high.
     """
 
     penalty: ClassVar[Callable[..., Tensor]] = staticmethod(squares)

@@ -34,18 +34,18 @@ class LLMRec(MultimodalModel):
     and back (times ``profile_weight``). BPR of the batch and, for the ``pair_share`` of it whose users have one, of
     written pairs, with the ``pruned`` share of the largest losses left out as noise; ``reg`` times
     ``losses.embedding_norm`` of the batch's final vectors; ``mask_weight`` times the masked-profile loss: ``mask`` of
-    the users have the mean profile in place of their own, which a decoder is to tell. An item's attributes are further
-    modalities of ``features``. ``profiles`` (U, P): what was written of users, encoded; without them a user's profile
-    is the mean of its items' features, also of those of another catalogue: a template that a language model has to
-    beat. ``pairs`` (U, 2): an item written as liked and one as disliked for each user, -1 where none. Both are saved
-    with the weights. A local language model's are ``language.profiles.Profiles.as_modality`` (attributes) and
-    ``of_users``, and ``language.rerank.Reranked.pairs``. An absent modality is zero. Departures: an item keeps its own
-    projection beside what comes back, without which a new one had nothing; attributes weigh as other content does
-    (published: 0.005); the graph is normalised on both sides and has no softmax at its end; the mask is drawn anew
-    every step, of users alone (published: of items' attributes too); there is no BPR of profiles against attributes,
-    nor of a modality alone; the published code keeps the largest losses and drops the smallest, 0.71 or 0.4 of them.
-    Raises ``DataError`` for shares out of range, for other shapes, and for ``pairs`` under the softmax, which has no
-    pairs.
+    the users have the mean profile in place of their own, which a decoder is to tell from theirs after items and back,
+    at a cost of (1 - cos)^2. An item's attributes are further modalities of ``features``. ``profiles`` (U, P): what was
+    written of users, encoded; without them a user's profile is the mean of its items' features, also of those of
+    another catalogue: a template that a language model has to beat. ``pairs`` (U, 2): an item written as liked and one
+    as disliked for each user, -1 where none. Both are saved with the weights. A local language model's are
+    ``language.profiles.Profiles.as_modality`` (attributes) and ``of_users``, and ``language.rerank.Reranked.pairs``. An
+    absent modality is zero. Departures: an item keeps its own projection beside what comes back, without which a new
+    one had nothing; attributes weigh as other content does (published: 0.005); the graph is normalised on both sides
+    and has no softmax at its end; the mask is drawn anew every step, of users alone (published: of items' attributes
+    too); there is no BPR of profiles against attributes, nor of a modality alone; the published code keeps the largest
+    losses and drops the smallest, 0.71 or 0.4 of them. Raises ``DataError`` for shares out of range, for other shapes,
+    and for ``pairs`` under the softmax, which has no pairs.
     """
 
     def __init__(

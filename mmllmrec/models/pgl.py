@@ -35,10 +35,10 @@ class PGL(MultimodalModel, PrunedGraph):
     vectors, side by side over the modalities (M D wide); LightGCN's encoder on the subgraph, and for items their
     content over the frozen graph of alike items beside it. ``subgraph="local"``: the epoch's sample of events,
     ``prune`` of them left out by degree; ``"global"``: from the leading ``rank`` singular triples s, U, V of the
-    adjacency, the sum of s_j s_(rank-q+j) U_j V_j over the q = rank / 4 leading ones, entries below 1e-3 zero, built
-    once. BPR, and ``contrast_weight`` times the mean of the InfoNCE of two dropout copies of the batch's users and of
-    its items. ``shares`` (M,): how much each modality counts in the item graph, alike by default (published: 0.1 image,
-    0.9 text). An item without any content is zero before the graph. Departures: features are frozen
+    adjacency, the sum of s_j s_(rank-q+j) U_j V_j over the q = rank / 4 leading ones, entries below 1e-3 in size zero,
+    built once. BPR, and ``contrast_weight`` times the mean of the InfoNCE of two dropout copies of the batch's users
+    and of its items. ``shares`` (M,): how much each modality counts in the item graph, alike by default (published: 0.1
+    image, 0.9 text). An item without any content is zero before the graph. Departures: features are frozen
     (``trained_features=True`` trains the tables, as published); nodes are de-duplicated before the contrast.
     """
 
