@@ -64,7 +64,7 @@ SEARCHED: dict[str, dict[str, Any]] = {
     "AlignRec": {"contrast_weight": [0.01, 0.001], "similarity_weight": [0.1, 0.3]},
     "LLMRec": {"profile_weight": [0.7, 2.8], "pruned": [0.1, 0.3]},
 }
-LOW = {"MENTOR": 1e-4}  # published learning rates that are not FIT's
+LOW = {"MENTOR": 1e-4}  # the published learning rate, a tenth of FIT's; those of MICRO and MMSSL are half of it
 CLOSED = ("IALS", "ImplicitBPR", "ItemKNN", "EASE")
 SOFTMAXED = ("AlphaRec", "CLCRec")  # whose published loss is a softmax of their own, as they are in the questions
 SYSTEMS = (*SEARCHED, *SOFTMAXED)
@@ -87,10 +87,10 @@ def survey(
     settings: str | os.PathLike[str] | None = None,
     quick: int | None = None,
 ) -> Answer:
-    """Systems of the literature on one dataset, split by ``kind``, each with its published setting and ``trials`` - 1
-    more (``starts_of``; the same for all), ``minutes`` of training in all; three seeds; intervals and Holm-corrected
-    verdicts of every system against LightGCN; of the ``BEST`` in the searches whose scores read content, the same
-    fitted model with all features dealt to other items.
+    """Systems of the literature on one dataset, split by ``kind``, each with its published setting (at ``FIT``'s batch
+    size and, but for ``LOW``, its learning rate) and ``trials`` - 1 more (``starts_of``; the same for all), ``minutes``
+    of training in all; three seeds; intervals and Holm-corrected verdicts of every system against LightGCN; of the
+    ``BEST`` in the searches whose scores read content, the same fitted model with all features dealt to other items.
 
     Settings are searched on the validation part of seed 0's split; where a split is drawn at random, other seeds test
     on some of its events. ``systems``: all of ``SYSTEMS``, on MovieLens ``TEN`` of them, unless named. They read the
