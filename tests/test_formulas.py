@@ -112,6 +112,13 @@ def contents(features):
     return [(torch.tensor(table).double(), here[:, m]) for m, table in enumerate(features.tables.values())]
 
 
+def tables(model, features):
+    """``contents``, or in place of the features the tables that a model trains."""
+    each = contents(features)
+    own = getattr(model, "tables", [x for x, _ in each])
+    return [(x, here) for x, (_, here) in zip(own, each, strict=True)]
+
+
 def through(layer, x, here):
     """W x + b, and nothing where there is no x."""
     return torch.stack([layer(row) if there else torch.zeros(D, **WIDE) for row, there in zip(x, here, strict=True)])
@@ -365,8 +372,10 @@ def test_alignrec_gates_ids_by_content_and_aligns_at_three_levels(train, feature
     agree(model, terms["user-item"], 0.3 * torch.stack([apart(users[u], items[i]) for u, i in pairs]).mean())
 
 
-def test_bm3_s_content_meets_ids_and_itself(train, features, batch):
-    model = drawn(models.BM3, train, features=features, layers=2, dropout=0.3, content_weight=0.7, reg=0.2)
+@pytest.mark.parametrize("trained", [False, True])
+def test_bm3_s_content_meets_ids_and_itself(train, features, batch, trained):
+    options = {"layers": 2, "dropout": 0.3, "content_weight": 0.7, "reg": 0.2, "trained_features": trained}
+    model = drawn(models.BM3, train, features=features, **options)
     torch.manual_seed(1)
     terms = model.loss(batch)
     torch.manual_seed(1)
@@ -378,7 +387,7 @@ def test_bm3_s_content_meets_ids_and_itself(train, features, batch):
     both = [apart(g(users[u]), to_items[b]) + apart(g(items[i]), to_users[b]) for b, (u, i) in pairs]
     agree(model, terms["bootstrap"], torch.stack(both).mean())
     total = 0.0
-    for (x, here), layer in zip(contents(features), model.maps, strict=True):
+    for (x, here), layer in zip(tables(model, features), model.maps, strict=True):
         some = [b for b, i in enumerate(batch.items) if here[i]]
         z = layer(x[batch.items[some]])
         to_z = F.dropout(z.detach(), 0.3)
@@ -388,11 +397,13 @@ def test_bm3_s_content_meets_ids_and_itself(train, features, batch):
     agree(model, terms["reg"], 0.2 * ((users**2).sum() ** 0.5 + (items**2).sum() ** 0.5) / V)
 
 
-def test_freedom_ranks_content_alone_for_the_same_users(train, features, batch):
-    model = drawn(models.FREEDOM, train, features=features, neighbours=3, layers=2, content_weight=0.7).eval()
+@pytest.mark.parametrize("trained", [False, True])
+def test_freedom_ranks_content_alone_for_the_same_users(train, features, batch, trained):
+    options = {"neighbours": 3, "layers": 2, "content_weight": 0.7, "trained_features": trained}
+    model = drawn(models.FREEDOM, train, features=features, **options).eval()
     start, total = ids(model, taken(train)), 0.0
     users = light(taken(train), start, 2)[:U]
-    for (x, here), layer in zip(contents(features), model.maps, strict=True):
+    for (x, here), layer in zip(tables(model, features), model.maps, strict=True):
         told = x @ layer.weight.T
         rows = [*zip(batch.users, batch.items, batch.negatives[:, 0], strict=True)]
         each = [-F.logsigmoid(users[u] @ (told[i] - told[j])) for u, i, j in rows if here[i] and here[j]]
