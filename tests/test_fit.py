@@ -2,6 +2,8 @@
 
 import json
 import math
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from mmllmrec.data.sampling import blocks_of, item_blocks
 from mmllmrec.models import BPR, EASE, LightGCN
 from mmllmrec.seed import seed_everything
 from mmllmrec.training.fit import fit
+from mmllmrec.training.pages import kept_pages
 from tests.planted import groups
 
 HERE = Path(__file__).parent
@@ -78,6 +81,24 @@ def test_groups_have_their_own_learning_rates_and_frozen_parameters_stay(split):
     model.parameter_groups = lambda lr: [{"params": [model.users.weight], "lr": 0.0, "name": "users"}]
     fit(model, split, epochs=1, batch_size=64, progress=False)
     assert torch.equal(model.items.weight, frozen) and torch.equal(model.users.weight, moving)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_large_tensors_keep_their_pages_while_a_model_trains_and_give_them_back():
+    def faults(times, size=1 << 24):  # 64 MiB each
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            torch.ones(size)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = resident()
+    with kept_pages():
+        faults(16)  # blocks find their places
+        assert faults(4) < 100 < resident() - before  # of 16 thousand pages each
+    assert resident() - before < (1 << 14) / 2
 
 
 def test_clipping_bounds_the_step(split):

@@ -38,6 +38,7 @@ from mmllmrec.runcard import (
 )
 from mmllmrec.seed import generator, seed_everything, stream
 from mmllmrec.training import checkpoint
+from mmllmrec.training.pages import kept_pages
 
 
 @dataclass
@@ -75,6 +76,7 @@ class _Loss(nn.Module):
         return self.model.loss(batch)
 
 
+@kept_pages()
 def fit(
     model: Recommender,
     split: Split,
