@@ -142,7 +142,6 @@ def ask(
             more=more,
             about=about,
             places={r.name: fits.place(r, split, seed) for r in rows},
-            quick=quick,
             bar=bar,
             command=command,
         )

@@ -232,9 +232,6 @@ def sampled_softmax(
             f"sampled_softmax: users {tuple(users.shape)}, items {tuple(items.shape)}, target {tuple(target.shape)}; "
             "expected (B, D), (C, D) and (B,), or with rows (B,) users (R, D)"
         )
-    if mask is not None and mask.shape != (len(users), len(items)):
-        shape = (len(users), len(items))
-        raise DataError(f"sampled_softmax: mask {tuple(mask.shape)}; expected a row a user, {shape}")
     logits = _wide(users @ items.T)
     if isinstance(temperature, Tensor) or temperature != 1:
         logits = logits / temperature
@@ -242,6 +239,8 @@ def sampled_softmax(
         logits = logits - log_q.to(logits)
     if rows is None:
         return softmax(logits, target, mask=mask)
+    if mask is not None and mask.shape != logits.shape:
+        raise DataError(f"sampled_softmax: mask {tuple(mask.shape)}; expected a row a user, {tuple(logits.shape)}")
     own = logits[rows, target]
     mask = torch.zeros_like(logits, dtype=torch.bool) if mask is None else mask.clone()
     mask[rows, target] = True

@@ -207,8 +207,8 @@ class Composed(ChoosingModel):
     alignment comes with half of the uniformity of users and of items. ``negatives`` are drawn for these losses alone;
     ``temperature`` and ``dropout`` are of the ``extras`` (the InfoNCE of views; what views, masking and bootstrap leave
     out). Raises ``DataError`` where parts have no meaning together: one channel and nothing to fuse with late timing,
-    an option that the encoder, or none of the extras, has a use for, the heuristic without IDs, views of a graph that
-    the encoder does not have, ``extras`` of modalities with fewer than two, and two extras that would make the same
+    an option that the encoder, or every extra, has no use for, the heuristic without IDs, views of a graph that the
+    encoder does not have, ``extras`` of modalities with fewer than two, and two extras that would make the same
     views.
     """
 
@@ -257,10 +257,8 @@ class Composed(ChoosingModel):
         self.parts = encoder, fusion
         self.extras = dict(extras or {})
         channels = (["ID"] if ids else []) + list(self.modalities)
-        _check(encoder, fusion, loss, self.extras, channels, negatives)
-        for option, given in (("temperature", temperature), ("dropout", dropout)):
-            if given != EXTRA and not self.extras.keys() & set(USED_BY[option]):
-                raise DataError(f"{option}={given}: it is of the extras {USED_BY[option]}; leave it out")
+        options = {"temperature": temperature, "dropout": dropout}
+        _check(encoder, fusion, loss, self.extras, channels, negatives, options)
         self.config.pop("layers")
         del self.graph
         self.temperature, self.dropout, self.by_id = temperature, dropout, ids
@@ -417,9 +415,15 @@ class Composed(ChoosingModel):
 
 
 def _check(
-    encoder: Encoder, fusion: Fusion, loss: str, extras: Mapping[str, float], channels: list[str], negatives: int
+    encoder: Encoder,
+    fusion: Fusion,
+    loss: str,
+    extras: Mapping[str, float],
+    channels: list[str],
+    negatives: int,
+    options: Mapping[str, float],
 ) -> None:
-    """Raise ``DataError`` for parts that are unknown, or have no meaning together."""
+    """Raise ``DataError`` for parts that are unknown, or have no meaning together; ``options`` are of the extras."""
     for what, value, known in (
         ("encoder kind", encoder.kind, ENCODERS),
         ("fusion timing", fusion.timing, TIMINGS),
@@ -433,6 +437,9 @@ def _check(
         given = getattr(encoder, option)
         if option not in encoder.options and given != getattr(Encoder, option):
             raise DataError(f"{option}={given}: the encoder {encoder.kind!r} has no use for it; leave it out")
+    for option, amount in options.items():
+        if amount != EXTRA and not extras.keys() & set(USED_BY[option]):
+            raise DataError(f"{option}={amount}: it is of the extras {USED_BY[option]}; leave it out")
     if len(channels) < 2 and fusion.timing == "late":
         raise DataError(f"late fusion of {channels} alone: there is nothing to fuse; use timing='early', or ids=True")
     if fusion.method == "heuristic" and "ID" not in channels:
